@@ -1,0 +1,30 @@
+"""Parameter-efficient fine-tuning of JAX models: pure transforms of parameter pytrees."""
+
+from pefts.compose import chain, partition
+from pefts.core import Peft, PeftState, Traits, count, randomize, stack
+from pefts.inject import apply, infer_axes
+from pefts.methods import METHODS
+from pefts.methods.full import bitfit, full, head_only
+from pefts.methods.lora import lora
+from pefts.registry import from_config
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Peft",
+    "PeftState",
+    "Traits",
+    "apply",
+    "bitfit",
+    "chain",
+    "count",
+    "from_config",
+    "full",
+    "head_only",
+    "infer_axes",
+    "lora",
+    "partition",
+    "randomize",
+    "stack",
+]

@@ -1,0 +1,156 @@
+"""A bound kernel: (kernel, adapter state) standing in the kernel's place in a parameter tree.
+
+Because state and kernel sit side by side, nn.scan slices them together, nn.remat recomputes them and
+jax.vmap maps over them with no code of their own. Nothing dense is built until a product asks for it.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pefts import views
+
+State = Mapping[str, Any]
+_owners = itertools.count()
+
+
+def next_owner() -> int:
+    """A number that tells this instance of a method from every other in the process."""
+    return next(_owners)
+
+
+def matmul(x: jax.Array, W: jax.Array) -> jax.Array:
+    """x (..., d_in) @ W (d_in, d_out) in x's dtype."""
+    return jnp.matmul(x, W.astype(x.dtype))
+
+
+def _only_arrays(W: Any) -> jax.Array:
+    if isinstance(W, BoundKernel):
+        raise TypeError(f"the dense form of {W.path!r} needs the session that pefts.apply opens.")
+    return W
+
+
+class Call(NamedTuple):
+    """What a rule may use besides its own state, at one call of one module."""
+
+    shared: Mapping[str, Any] = {}  # the method's state for all sites
+    context: Mapping[str, Any] = {}  # what peft.bind(..., **context) was given
+    key: jax.Array | None = None  # the "dropout" stream; None outside training
+    dot: Callable[[Any, Any], jax.Array] = (
+        matmul  # (x, M) -> the module's product of x with M (d_in, n)
+    )
+    dense: Callable[[Any], jax.Array] = (
+        _only_arrays  # W, which may be bound itself -> its dense matrix
+    )
+
+
+class Rule(NamedTuple):
+    """The mathematics of one kernel W (d_in, d_out); p is its state, trainable and frozen together.
+
+    At least one of `effective`, `linear` and `output` exists; where `effective` and `linear` both do,
+    they agree.
+    """
+
+    init: Callable[..., tuple[dict, dict]]  # (key, W, *, site, stats) -> trainable, frozen
+    effective: Callable[[Any, State, Call], jax.Array] | None = None  # (W, p, call) -> W'
+    linear: Callable[[Any, Any, State, Call], jax.Array] | None = None  # (x, W, p, call) -> y
+    output: Callable[[jax.Array, State, Call], jax.Array] | None = None  # (y + bias, p, call) -> y'
+    inputs: Callable[[tuple, dict, State], tuple[tuple, dict]] | None = (
+        None  # the model's arguments
+    )
+    plan: Callable[[jax.Array, Any], dict[str, Any]] | None = (
+        None  # (stacked W, site) -> static facts
+    )
+    through_dot: bool = (
+        False  # `linear` touches x by call.dot alone: embeddings and convolutions too
+    )
+    eager: bool = False  # replaces the leaf when bound, whatever module reads it
+    uses_key: bool = False  # draws from call.key
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("base", "state"),
+    meta_fields=("rule", "axes", "path", "owner"),
+)
+@dataclasses.dataclass(frozen=True)
+class BoundKernel:
+    """A kernel with the state of the method that adapts it. It is no array, on purpose."""
+
+    base: Any  # the dense kernel, or another BoundKernel
+    state: State
+    rule: Rule
+    axes: str  # of the whole leaf; nn.scan slices the leading 'l's away
+    path: str
+    owner: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def is_vector(self) -> bool:
+        return not set(self.axes) & set("ik")
+
+    @property
+    def local_axes(self) -> str:
+        return views.local(self.axes, self.ndim)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("shared", "context"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Ambient:
+    """What belongs to no single layer, under the reserved key of a bound tree."""
+
+    shared: Mapping[int, Mapping[str, Any]]  # by owner
+    context: Mapping[str, Any]
+
+    def extended(self, owner: int, shared: State) -> "Ambient":
+        return Ambient({**self.shared, owner: dict(shared)}, self.context)
+
+    def with_context(self, context: Mapping[str, Any]) -> "Ambient":
+        return Ambient(self.shared, {**self.context, **context})
+
+    def call(self, bound: BoundKernel, **kwargs: Any) -> Call:
+        return Call(shared=self.shared.get(bound.owner, {}), context=self.context, **kwargs)
+
+
+def effective_matrix(bound: BoundKernel, ambient: Ambient) -> jax.Array:
+    """The dense adapted kernel as (*stack, d_in, d_out), in float32 or better."""
+    rule, axes, base = bound.rule, bound.local_axes, bound.base
+    if isinstance(base, BoundKernel):
+        matrix = effective_matrix(base, ambient)
+    else:
+        matrix = views.to_matrix(base, axes)
+        matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    if rule.effective is None:
+        return matrix
+    call = ambient.call(bound)
+
+    def one(W: jax.Array, p: State) -> jax.Array:
+        return rule.effective(W, p, call)  # type: ignore[misc]
+
+    for _ in range(views.stacked(axes)):
+        one = jax.vmap(one)
+    return one(matrix, bound.state)
+
+
+def effective_kernel(bound: BoundKernel, ambient: Ambient) -> jax.Array:
+    """The dense adapted kernel in its own shape and dtype."""
+    matrix = effective_matrix(bound, ambient)
+    return views.from_matrix(matrix, bound.local_axes, bound.shape).astype(bound.dtype)

@@ -1,0 +1,81 @@
+"""THE table: one row per method, which every suite consumes. Adding a method adds a row here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pefts.targets import Site
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class BadInput(NamedTuple):
+    """Arguments that must raise ValueError, at build or at init on the tiny model."""
+
+    kwargs: Mapping[str, Any]
+    match: str  # a regular expression that the message contains
+
+
+class Case(NamedTuple):
+    method: str
+    kwargs: Mapping[str, Any]  # for the tiny model of tests/tiny.py; `axes` are added by the suite
+    count: Callable[
+        [Sequence[Site]], int
+    ]  # trainable scalars, by the card's formula, over all sites
+    # (W float64 (d_in, d_out), {name: float64 array} trainable and frozen, shared) -> W' in numpy, in the
+    # paper's notation; None for methods that change activations
+    oracle: Callable[[np.ndarray, Arrays, Arrays], np.ndarray] | None = None
+    # (y float64 (..., d_out), state, shared) -> y' for methods that change a module's output
+    output_oracle: Callable[[np.ndarray, Arrays, Arrays], np.ndarray] | None = None
+    zero_grad_at_start: tuple[str, ...] = ()  # names of leaves whose gradient is zero at step 0
+    bad: tuple[BadInput, ...] = ()
+
+
+def slices(site: Site) -> int:
+    """How many kernels lie stacked at a site."""
+    return int(np.prod(site.stack, dtype=int))
+
+
+def whole(sites: Sequence[Site]) -> int:
+    return sum(int(np.prod(site.shape)) for site in sites)
+
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "bitfit",
+        {},
+        count=whole,
+        oracle=lambda W, p, shared: p["value"].reshape(W.shape),
+        bad=(BadInput({"targets": "no_such_bias"}, "matches no parameter"),),
+    ),
+    Case(
+        "full",
+        {},
+        count=whole,
+        oracle=lambda W, p, shared: p["value"].reshape(W.shape),
+        bad=(BadInput({"targets": ["querry"]}, "Near names: .*query"),),
+    ),
+    Case(
+        "head_only",
+        {},
+        count=whole,
+        oracle=lambda W, p, shared: p["value"].reshape(W.shape),
+        bad=(BadInput({"exclude": "."}, "leaves nothing"),),
+    ),
+    Case(
+        "lora",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * p["A"] @ p["B"],
+        zero_grad_at_start=("A",),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"dropout": 1.0}, "dropout=1.0"),
+            BadInput({"init": "zeros"}, "init='zeros'"),
+            BadInput({"targets": "querry"}, "Near names: .*query"),
+            BadInput({"ranks": 4}, "has no argument 'ranks'"),
+        ),
+    ),
+)
