@@ -1,0 +1,57 @@
+"""Tasks to fine-tune on: `data.load(name)` returns a `Task`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from data import files, public_sets, stdlib_docs, tfds_source
+from data.task import Example, Task, limit, make_task
+
+__all__ = ["TASKS", "Example", "Task", "limit", "load", "make_task"]
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "cola": partial(public_sets.load, "cola"),
+    "files": files.load,
+    "mpqa": partial(public_sets.load, "mpqa"),
+    "mr": partial(public_sets.load, "mr"),
+    "mrpc": partial(public_sets.load, "mrpc"),
+    "rte": partial(public_sets.load, "rte"),
+    "sick": partial(public_sets.load, "sick"),
+    "sst2": partial(public_sets.load, "sst2"),
+    "sst5": partial(public_sets.load, "sst5"),
+    "stdlib_docs": stdlib_docs.load,
+    "subj": partial(public_sets.load, "subj"),
+    "tfds": tfds_source.load,
+    "trec": partial(public_sets.load, "trec"),
+}
+
+
+def load(name: str, *, examples: int | None = None, **options: Any) -> Task:
+    """Return a task by name.
+
+    Args:
+        name: a key of `TASKS`.
+        examples: keep at most so many examples per split (see `limit`); None keeps all.
+        **options: arguments of the task's own loader, such as `root=` of the public data sets.
+
+    Returns:
+        The checked task.
+
+    Raises:
+        ValueError: `name` is unknown (the message lists near names), or what the loader raises.
+
+    Example:
+        >>> import data
+        >>> task = data.load("stdlib_docs", examples=40)
+        >>> {split: len(rows) for split, rows in task.splits.items()}
+        {'train': 40, 'dev': 40, 'test': 40}
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"name={name!r} is not a task; {hint}Choose from {', '.join(TASKS)}")
+    task = TASKS[name](**options)
+    return task if examples is None else limit(task, examples)
