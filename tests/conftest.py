@@ -1,0 +1,22 @@
+"""Eight CPU devices and JAX at its strictest, for every test."""
+
+import os
+import sys
+from pathlib import Path
+
+FLAGS = ("--xla_force_host_platform_device_count=8",)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A random key; fold_in or split it for more."""
+    return jax.random.key(0)
