@@ -62,14 +62,12 @@ def score(labels: Sequence[int] | NDArray[Any], predicted: Any, *, classes: int)
                 f"{name} reaches from {values.min()} to {values.max()}, outside 0..{classes - 1}; "
                 f"check classes={classes}"
             )
-    known = np.arange(classes)
+    confusion = metrics.confusion_matrix(true, guess, labels=np.arange(classes))
     return Scores(
         accuracy=float(metrics.accuracy_score(true, guess)),
-        macro_f1=float(
-            metrics.f1_score(true, guess, labels=known, average="macro", zero_division=0.0)
-        ),
+        macro_f1=_macro_f1(confusion),
         matthews=float(metrics.matthews_corrcoef(true, guess)),
-        confusion=metrics.confusion_matrix(true, guess, labels=known),
+        confusion=confusion,
     )
 
 
@@ -93,6 +91,12 @@ def majority_baseline(
         raise ValueError("train_labels is empty; the majority class needs at least one row")
     most = np.bincount(np.asarray(train_labels), minlength=classes).argmax()
     return score(labels, np.full(len(labels), most), classes=classes)
+
+
+def _macro_f1(confusion: NDArray[np.int64]) -> float:
+    # F1_c = 2 TP / (2 TP + FP + FN), whose denominator is the row sum plus the column sum.
+    denominator = confusion.sum(axis=0) + confusion.sum(axis=1)
+    return float((2 * confusion.diagonal() / np.maximum(denominator, 1)).mean())
 
 
 def _argmax(logits: NDArray[Any], classes: int) -> NDArray[Any]:

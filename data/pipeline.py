@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import grain
 import numpy as np
@@ -28,7 +28,7 @@ Batch = dict[str, NDArray[Any]]
 
 
 class Tokenizer(Protocol):
-    """What `tokenise` needs. `encode_with_types` may come along for token types of pairs."""
+    """What `tokenise` needs; an `encode_pairs` beside it gives token types too."""
 
     pad_id: int
 
@@ -74,7 +74,7 @@ class Batches:
     dropped: int
 
     def __getitem__(self, step: int) -> Batch:
-        return self.dataset[step]
+        return cast(Batch, self.dataset[step])
 
     def __iter__(self) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -93,8 +93,8 @@ def tokenise(
     Args:
         examples: what `Task.splits` holds.
         tokenizer: has `pad_id` and `encode(texts, pairs, max_length=...)`. Where it also has
-            `encode_with_types`, of the same arguments, that returns (ids, types) and is used;
-            otherwise token types are 0.
+            `encode_pairs`, of the same arguments, that returns (ids, types) and is used; without
+            it token types are 0.
         labels: the task's label names, in class order.
         max_length: longest row, in tokens.
 
@@ -283,8 +283,8 @@ class _Source:
         # Training has no end of its own; 2**40 steps stay within every integer grain uses.
         return len(self.plan(0)) if self.seed is None else 2**40
 
-    def __getitem__(self, step: int) -> Batch:
-        epoch, position = divmod(int(step), len(self.plan(0)))
+    def __getitem__(self, index: int) -> Batch:
+        epoch, position = divmod(int(index), len(self.plan(0)))
         length, members = self.plan(epoch)[position]
         return self._batch(length, members)
 
@@ -341,9 +341,9 @@ def _encode(
     texts = [row.text for row in examples]
     paired = examples[0].pair is not None
     pairs = [row.pair or "" for row in examples] if paired else None
-    with_types = getattr(tokenizer, "encode_with_types", None)
-    if with_types is not None:
-        ids, types = with_types(texts, pairs, max_length=max_length)
+    encode_pairs = getattr(tokenizer, "encode_pairs", None)
+    if encode_pairs is not None:
+        ids, types = encode_pairs(texts, pairs, max_length=max_length)
         return [list(row) for row in ids], [list(row) for row in types]
     ids = [list(row) for row in tokenizer.encode(texts, pairs, max_length=max_length)]
     return ids, [[0] * len(row) for row in ids]
