@@ -135,6 +135,18 @@ def test_rows_of_a_small_bucket_are_trained_on():
     assert sum(int((batches[i]["label"] == 0).sum()) for i in range(4)) == 3
 
 
+def test_a_row_as_long_as_a_bucket_fits_it():
+    examples = [Example("103 " * (length - 2), "ab"[i % 2]) for i, length in enumerate((16, 8, 32))]
+    rows = pipeline.tokenise(examples, WordTokenizer(), labels="ab")
+    for batches in (
+        pipeline.train_batches(rows, seed=0, batch_size=1, buckets=(8, 16, 32)),
+        pipeline.eval_batches(rows, batch_size=1, buckets=(8, 16, 32)),
+    ):
+        found = [batches[i] for i in range(batches.steps_per_epoch)]
+        assert sorted(batch["tokens"].shape[1] for batch in found) == [8, 16, 32]
+        assert all(batch["mask"].all() for batch in found)
+
+
 def test_iteration_resumes_from_a_saved_state():
     rows = numbered_rows(100)
     iterator = iter(pipeline.train_batches(rows, seed=3, **OPTIONS))

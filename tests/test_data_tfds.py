@@ -1,6 +1,7 @@
 """Tasks from tensorflow-datasets, in array_record files and without TensorFlow."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ import data
 from data import tfds_source
 
 
-def write_builder(folder: Path, file_format: str = "array_record"):
+def write_builder(folder: Path):
     """Prepare a builder of 20 + 5 + 4 examples; the test split hides its labels."""
     tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
     features = tfds.features
@@ -45,7 +46,7 @@ def write_builder(folder: Path, file_format: str = "array_record"):
                     | {"label": label},
                 )
 
-    builder = Sentences(data_dir=folder, file_format=file_format)
+    builder = Sentences(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
     return builder.data_dir
 
@@ -67,7 +68,7 @@ def test_tfds_folder_of_array_records(tmp_path):
         tfds_source.load(folder, text="text")
     with pytest.raises(ValueError, match="split 'nope' of"):
         tfds_source.load(folder, splits={"train": "nope"})
-    with pytest.raises(ValueError, match="split 'train' of task .* has no examples|no labelled"):
+    with pytest.raises(ValueError, match=r"split .train. of task .* has no examples"):
         tfds_source.load(folder, splits={"train": "test"})
     with pytest.raises(ValueError, match="a folder without a prepared builder"):
         tfds_source.load(tmp_path)
