@@ -28,6 +28,11 @@ class Case(NamedTuple):
     oracle: Callable[[np.ndarray, Arrays, Arrays], np.ndarray] | None = None
     # (y float64 (..., d_out), state, shared) -> y' for methods that change a module's output
     output_oracle: Callable[[np.ndarray, Arrays, Arrays], np.ndarray] | None = None
+    # (x float64 (..., d_in), W, state, shared and context) -> y for products that no matrix gives
+    linear_oracle: Callable[[np.ndarray, np.ndarray, Arrays, Arrays], np.ndarray] | None = None
+    context: Callable[[int], Mapping[str, Any]] | None = None  # batch size -> arrays for peft.bind
+    model: str = "scanned"  # of tiny.MODELS
+    layers_share: bool = False  # state lies across layers: slices of it fit no unrolled model
     zero_grad_at_start: tuple[str, ...] = ()  # names of leaves whose gradient is zero at step 0
     bad: tuple[BadInput, ...] = ()
 

@@ -4,10 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-FLAGS = ("--xla_force_host_platform_device_count=8",)
+# Level 0 halves the time XLA takes to compile; the arithmetic stays the same.
+FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
