@@ -4,6 +4,7 @@ from pefts.compose import chain, partition
 from pefts.core import Peft, PeftState, Traits, count, randomize, stack
 from pefts.inject import apply, infer_axes
 from pefts.methods import METHODS
+from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
 from pefts.registry import from_config
@@ -19,6 +20,7 @@ __all__ = [
     "bitfit",
     "chain",
     "count",
+    "dora",
     "from_config",
     "full",
     "head_only",

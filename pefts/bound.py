@@ -1,7 +1,8 @@
 """A bound kernel: (kernel, adapter state) standing in the kernel's place in a parameter tree.
 
-Because state and kernel sit side by side, nn.scan slices them together, nn.remat recomputes them and
-jax.vmap maps over them with no code of their own. Nothing dense is built until a product asks for it.
+Because state and kernel sit side by side, nn.scan slices them together, nn.remat recomputes them
+and jax.vmap maps over them with no code of their own. Nothing dense is built until a product asks
+for it.
 """
 
 import dataclasses
@@ -52,8 +53,8 @@ class Call(NamedTuple):
 class Rule(NamedTuple):
     """The mathematics of one kernel W (d_in, d_out); p is its state, trainable and frozen together.
 
-    At least one of `effective`, `linear` and `output` exists; where `effective` and `linear` both do,
-    they agree.
+    At least one of `effective`, `linear` and `output` exists; where `effective` and `linear` both
+    do, they agree.
     """
 
     init: Callable[..., tuple[dict, dict]]  # (key, W, *, site, stats) -> trainable, frozen

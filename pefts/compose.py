@@ -13,8 +13,8 @@ def chain(*pefts: Peft) -> Peft:
     """Methods one after the other: each works on the kernels as the ones before it left them.
 
     Args:
-      *pefts: at least one method. A method that replaces whole leaves (full fine-tuning) comes before
-        the ones that adapt the same leaves.
+      *pefts: at least one method. A method that replaces whole leaves (full fine-tuning) comes
+        before the ones that adapt the same leaves.
 
     Returns:
       A Peft whose state holds one entry per member, "0", "1", ...; penalties add up.
@@ -40,8 +40,8 @@ def partition(
 
     Args:
       pefts: {label: method}.
-      labels: {regular expression: label}, first match wins, or a function path -> label; a path with
-        no label (None) stays frozen. Inside its part each method's own targets apply.
+      labels: {regular expression: label}, first match wins, or a function path -> label; a path
+        with no label (None) stays frozen. Inside its part each method's own targets apply.
 
     Raises:
       ValueError: a label that no method has, or a pattern that matches nothing.

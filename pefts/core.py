@@ -1,7 +1,7 @@
 """The contract: a parameter-efficient method is a pure transform of a parameter pytree.
 
     state  = peft.init(key, params)                  # PeftState(trainable, frozen)
-    bound  = peft.bind(params, state)                # adapted kernels in the place of the dense ones
+    bound  = peft.bind(params, state)                # adapted kernels in the dense ones' places
     logits = pefts.apply(model.apply)({"params": bound}, tokens)
     dense  = peft.merge(params, state)               # plain parameters again
 
@@ -194,7 +194,7 @@ def count(tree: Any) -> int:
 
 
 def randomize(key: jax.Array, state: PeftState, scale: float = 0.1) -> PeftState:
-    """A state of the same structure away from the identity: each trainable leaf plus N(0, scale^2)."""
+    """The state moved away from the identity: each trainable leaf plus N(0, scale^2)."""
     leaves, treedef = jax.tree.flatten(state.trainable)
     keys = jax.random.split(key, len(leaves))
     moved = [

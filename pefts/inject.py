@@ -1,9 +1,10 @@
 """Run an unmodified Linen model on bound kernels: `apply`, and `infer_axes`.
 
-The interceptor opens inside the traced function. At each call of a module that owns a bound kernel it
-computes the adapted product itself (Dense, DenseGeneral, Einsum, Conv, Embed); any other module gets
-its effective kernel, one at a time, inside the layer body. No path runs the base kernel silently: a
-bound kernel that reaches foreign code is no array, and one that nobody reads is an error.
+The interceptor opens inside the traced function. At each call of a module that owns a bound kernel
+it computes the adapted product itself (Dense, DenseGeneral, Einsum, Conv, Embed); any other module
+gets its effective kernel, one at a time, inside the layer body. No path runs the base kernel
+silently: a bound kernel that reaches foreign code is no array, and one that nobody reads is an
+error.
 """
 
 import re
@@ -21,8 +22,8 @@ def apply(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
     """`fn(variables, *args, **kwargs)` on variables whose params come from `peft.bind`.
 
     Args:
-      fn: a Linen model's `apply`, or any function of the variables that ends in it. Wrap it inside the
-        function you jit, never around one that is jitted already.
+      fn: a Linen model's `apply`, or any function of the variables that ends in it. Wrap it inside
+        the function you jit, never around one that is jitted already.
       strict: refuse a call in which some bound kernel is never read.
 
     Raises:
@@ -57,8 +58,8 @@ def apply(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
 def _open(params: Mapping[str, Any]) -> tuple[dict[str, Any], Ambient]:
     if paths.RESERVED not in params:
         raise ValueError(
-            "these params carry no adapter: give pefts.apply what peft.bind(params, state) returns; to "
-            "run the base model, call model.apply itself."
+            "these params carry no adapter: give pefts.apply what peft.bind(params, state) "
+            "returns; to run the base model, call model.apply itself."
         )
     rest = {name: value for name, value in params.items() if name != paths.RESERVED}
     return rest, params[paths.RESERVED]
@@ -78,9 +79,9 @@ def _check_read(kernels: Mapping[str, BoundKernel], read: set[str]) -> None:
     unread = sorted({kernel.path for kernel in kernels.values()} - read)
     if unread:
         raise ValueError(
-            f"{len(unread)} adapted kernels were never read by the model, for instance {unread[0]!r}: "
-            "exclude them from the targets, or (if the model was jitted by itself) wrap it with "
-            "pefts.apply inside the jitted function."
+            f"{len(unread)} adapted kernels were never read by the model, for instance "
+            f"{unread[0]!r}: exclude them from the targets, or (if the model was jitted by itself) "
+            "wrap it with pefts.apply inside the jitted function."
         )
 
 
@@ -137,7 +138,7 @@ def infer_axes(
       *args: what the model is called with, arrays or shapes; also **kwargs.
 
     Returns:
-      {pattern: letters} for the `axes` argument of every method: scanned layers become leading 'l's.
+      {pattern: letters} for the `axes` argument of every method; scanned layers become 'l's.
     """
     flat = paths.flatten(params)
     found: dict[str, str] = {}

@@ -87,7 +87,7 @@ def multiply(
     dot: Callable[[jax.Array, jax.Array], jax.Array],
     lookup: bool = False,
 ) -> jax.Array:
-    """The adapted product of x with a kernel, bound or dense; `lookup`: x reaches the rule by dot alone."""
+    """The adapted product of x with a kernel; `lookup`: only `dot` can take x (ids, images)."""
     if not isinstance(kernel, BoundKernel):
         return dot(x, kernel)
     axes, rule = kernel.local_axes, kernel.rule

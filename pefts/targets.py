@@ -85,7 +85,8 @@ class Selection:
         """The sites in `params`, sorted by path.
 
         Raises:
-          ValueError: a pattern matches nothing, a kernel's axes are ambiguous, or a rank is out of range.
+          ValueError: a pattern matches nothing, a kernel's axes are ambiguous, or a rank is out of
+            range.
         """
         leaves = {
             path: leaf
@@ -122,8 +123,9 @@ class Selection:
         )
         if rank and not 1 <= site.rank <= min(site.d_in, site.d_out):
             raise ValueError(
-                f"rank={site.rank} is out of range for {path!r}, a {site.d_in} x {site.d_out} kernel: "
-                f"choose 1 to {min(site.d_in, site.d_out)}, or give it one of its own by rank_pattern."
+                f"rank={site.rank} is out of range for {path!r}, a {site.d_in} x {site.d_out} "
+                f"kernel: choose 1 to {min(site.d_in, site.d_out)}, or give it one of its own by "
+                "rank_pattern."
             )
         return site
 
@@ -219,8 +221,9 @@ def _axes_of(path: str, shape: tuple[int, ...], table: tuple[tuple[str, str], ..
     if len(shape) == 2:
         return "io"
     raise ValueError(
-        f"the {len(shape)} axes of {path!r}, shape {shape}, are ambiguous (scanned layers, heads, windows?). "
-        f"Pass axes=pefts.infer_axes(model.apply, params, *inputs), or axes={{{re.escape(path)!r}: "
+        f"the {len(shape)} axes of {path!r}, shape {shape}, are ambiguous (scanned layers, heads, "
+        "windows?). Pass axes=pefts.infer_axes(model.apply, params, *inputs), or "
+        f"axes={{{re.escape(path)!r}: "
         f"'{'l' + 'io' if len(shape) == 3 else 'kkio'}'}} with the letters of pefts.views."
     )
 
@@ -231,5 +234,5 @@ def first(table: Iterable[tuple[str, Any]], path: str, default: Any) -> Any:
 
 
 def site_key(key: jax.Array, path: str) -> jax.Array:
-    """A key that depends on the path alone, so that adding a target changes no other target's values."""
+    """A key by path alone: adding a target changes no other target's values."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

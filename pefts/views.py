@@ -5,8 +5,9 @@
     k   window:  a convolution's spatial axis, part of the input
     o   output
 
-"io" is a Dense kernel, "lio" the same under nn.scan, "ioo" a query projection (d_model, heads, head_dim),
-"iio" its output projection, "kkio" a two-dimensional convolution, "o" a bias or a norm's scale.
+"io" is a Dense kernel, "lio" the same under nn.scan, "ioo" a query projection (d_model, heads,
+head_dim), "iio" its output projection, "kkio" a two-dimensional convolution, "o" a bias or a norm's
+scale.
 """
 
 import math
@@ -30,7 +31,7 @@ def check(axes: str, shape: Sequence[int], path: str) -> None:
         raise ValueError(f"axes={axes!r} of {path!r} names no output axis 'o'.")
     if "l" in axes.lstrip("l"):
         raise ValueError(
-            f"axes={axes!r} of {path!r}: stacked axes 'l' come first (nn.scan with variable_axes 0)."
+            f"axes={axes!r} of {path!r}: stacked axes 'l' come first (nn.scan's variable_axes is 0)."
         )
 
 

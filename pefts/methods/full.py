@@ -2,7 +2,7 @@
 
     W' = value         value has W's shape and starts as a float32 copy of W
 
-`full` takes any leaf, `bitfit` the biases, `head_only` the output head. Trainable: the leaves' sizes.
+`full` takes any leaf, `bitfit` the biases, `head_only` the output head. Trainable: their sizes.
 """
 
 from typing import Any, Unpack
@@ -17,7 +17,7 @@ from pefts.targets import HEADS, Select, Site, selection
 
 @factory
 def full(**select: Unpack[Select]) -> Declaration:
-    """Train the targeted leaves themselves: W' = value, W's own shape, a float32 copy of W at first.
+    """Train the targeted leaves themselves: W' = value, of W's shape, a float32 copy at first.
 
     Args:
       **select: targets (default: every leaf, biases and scales included), exclude; see
@@ -67,11 +67,11 @@ def bitfit(**select: Unpack[Select]) -> Declaration:
 
 @factory
 def head_only(**select: Unpack[Select]) -> Declaration:
-    """Train the output head alone (linear probing by gradient descent): value, a copy of it at first.
+    """Train the output head alone, a linear probe by gradient descent: W' = value, a copy at first.
 
     Args:
-      **select: targets (default: leaves under classifier, lm_head, head, score, logits), exclude; see
-        pefts.targets.Select.
+      **select: targets (default: leaves under classifier, lm_head, head, score, logits), exclude;
+        see pefts.targets.Select.
 
     Returns:
       A Peft; merging is exact.
@@ -81,7 +81,8 @@ def head_only(**select: Unpack[Select]) -> Declaration:
 
     Example:
       >>> import jax, pefts
-      >>> params = {"classifier": {"kernel": jax.numpy.ones((6, 4))}, "body": jax.numpy.ones((2, 2))}
+      >>> head = {"kernel": jax.numpy.ones((6, 4))}
+      >>> params = {"classifier": head, "body": jax.numpy.ones((2, 2))}
       >>> pefts.count(pefts.head_only().init(jax.random.key(0), params).trainable)
       24
 

@@ -3,8 +3,8 @@
     y = x W + s (drop(x) A) B        A (d_in, r), B (r, d_out)
 
 s = alpha / r, or alpha / sqrt(r) with rsLoRA. A convolution's A has the kernel's window, its B is
-1x1; an embedding looks A up. A starts uniform on +-1/sqrt(d_in) and B at zero (embeddings: A zero and
-B normal), so the model is unchanged at step 0. Trainable: r (d_in + d_out) per kernel.
+1x1; an embedding looks A up. A starts uniform on +-1/sqrt(d_in) and B at zero (embeddings: A zero
+and B normal), so the model is unchanged at step 0. Trainable: r (d_in + d_out) per kernel.
 """
 
 import math
@@ -53,8 +53,8 @@ def lora(
       >>> pefts.count(pefts.lora(rank=2).init(jax.random.key(0), params).trainable)
       20
 
-    Source: LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685; A Rank Stabilization
-      Scaling Factor for Fine-Tuning with LoRA, arXiv 2312.03732.
+    Source: LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685; A Rank
+      Stabilization Scaling Factor for Fine-Tuning with LoRA, arXiv 2312.03732.
     """
     check_rank(rank)
     check_dropout(dropout)

@@ -1,0 +1,1 @@
+"""One small function per experiment: get_config(mode) -> ConfigDict."""

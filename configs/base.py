@@ -1,0 +1,68 @@
+"""What the experiments on encoders have in common; each config says only what differs."""
+
+from ml_collections import ConfigDict
+
+MODES = ("", "tiny")
+
+
+def encoder_classification(name: str, mode: str = "") -> ConfigDict:
+    """Text classification of the standard library's docstrings with a pretrained MiniLM."""
+    if mode not in MODES:
+        raise ValueError(f"config mode {mode!r} is none of {MODES}; use for instance NAME.py:tiny")
+    config = ConfigDict()
+    config.name = name + (f"_{mode}" if mode else "")
+    config.seed = 0
+    config.model = ConfigDict(
+        {
+            "source": "minilm",  # also a folder, or a Hugging Face hub id
+            "pooling": "mean",  # or "cls", "pooler"
+            "dtype": "float32",  # of the computation
+            "param_dtype": "float32",  # of the frozen base
+            "scan_layers": True,
+            "remat": "none",  # or "full", "dots"
+        }
+    )
+    config.task = ConfigDict({"name": "stdlib_docs"}, type_safe=False)
+    config.data = ConfigDict(
+        {
+            "max_length": 64,  # tokens; longer texts are cut
+            "buckets": (16, 32, 64),  # padded lengths: one compilation each
+            "batch_size": 32,
+            "eval_batch_size": 64,
+            "balance": "sqrt",  # class weights: "none", "sqrt" or "uniform"
+        }
+    )
+    config.method = ConfigDict()
+    config.head = True  # train the classification head beside the method
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",  # or one of pefts.OPTIMIZERS, with its options
+            "learning_rate": 2e-3,  # peak
+            "warmup": 0.06,  # share of all steps
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "no_decay": (r"bias",),  # patterns of trainable leaves
+            "factors": ConfigDict(),  # pattern -> learning-rate factor; {"/B$": 16.0} is LoRA+
+            "options": ConfigDict(),  # for optimizers other than adamw
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "epochs": 2.0,
+            "steps": 0,  # if not 0, instead of epochs
+            "eval_every": 100,
+            "save_every": 50,
+            "base_dropout": False,  # the pretrained model's own dropout
+        }
+    )
+    if mode == "tiny":
+        shrink(config)
+    return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """Two steps on a few short texts."""
+    config.task.examples = 40
+    config.data.max_length, config.data.buckets = 16, (16,)
+    config.data.batch_size, config.data.eval_batch_size = 8, 8
+    config.train.steps, config.train.eval_every, config.train.save_every = 2, 1, 1

@@ -1,0 +1,19 @@
+"""LoRA on MiniLM: which area of the standard library does a docstring document?
+
+Command: python train.py --config=configs/minilm_stdlib_docs_lora.py
+Time: about 5 minutes on 2 CPU cores.
+Result: see the README's table.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import encoder_classification
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """`mode`: "" or "tiny"."""
+    config = encoder_classification("minilm_stdlib_docs_lora", mode)
+    config.method = ConfigDict(
+        {"method": "lora", "rank": 8, "alpha": 16.0, "targets": "all-linear", "dropout": 0.0}
+    )
+    return config

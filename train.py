@@ -1,0 +1,284 @@
+"""Adapt a pretrained model: python train.py --config=configs/minilm_stdlib_docs_lora.py
+
+Any field of a config can be overridden (--config.method.rank=16); ":tiny" behind the config's name
+shrinks the run to seconds. The same command resumes a run that was interrupted. --plan prints what
+the run would hold and cost, and stops.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+import pefts
+from data.pipeline import Batches
+from models import sharding
+from training import checkpoint, evaluate, experiment, plan, report
+from training.experiment import Experiment
+
+DEFAULT = "configs/minilm_stdlib_docs_lora.py"
+CONFIG = config_flags.DEFINE_config_file("config", DEFAULT, "the experiment", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; runs/<config.name> if not given")
+PLAN = flags.DEFINE_bool("plan", False, "print counts, memory and steps, and stop")
+
+
+class TrainState(NamedTuple):
+    """Everything that changes; the frozen base is not in it."""
+
+    step: jax.Array  # completed updates
+    peft_state: pefts.PeftState
+    opt_state: Any
+    rng: jax.Array  # key data; step n draws from fold_in(rng, n)
+
+
+class Metrics(NamedTuple):
+    """Of one step, still on the device."""
+
+    loss: jax.Array
+    penalty: jax.Array
+    grad_norm: jax.Array
+    finite: jax.Array
+
+
+# ---------------------------------------------------------------------------------------- the step
+
+
+def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """The pure update (state, params, batch) -> (state, metrics)."""
+    forward, peft = pefts.apply(run.model.apply), run.peft
+    deterministic = not run.config.train.base_dropout
+
+    def loss_fn(trainable: Any, state: TrainState, params: Any, batch: Any) -> Any:
+        peft_state = state.peft_state._replace(trainable=trainable)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        logits = forward(
+            {"params": peft.bind(params, peft_state)},
+            batch["tokens"],
+            batch["mask"],
+            batch["token_types"],
+            deterministic=deterministic,
+            rngs={"dropout": key},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        loss, penalty = jnp.mean(losses * batch["weight"]), peft.penalty(peft_state)
+        return loss + penalty, (loss, penalty)
+
+    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        trainable = state.peft_state.trainable
+        grads, (loss, penalty) = jax.grad(loss_fn, has_aux=True)(trainable, state, params, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        moved = state.peft_state._replace(trainable=optax.apply_updates(trainable, updates))
+        peft_state = peft.update(moved, grads, state.step)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss + penalty + grad_norm)
+        new = TrainState(state.step + 1, peft_state, opt_state, state.rng)
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        return kept, Metrics(loss, penalty, grad_norm, finite)
+
+    return step
+
+
+def initial_state(run: Experiment, steps: int) -> tuple[TrainState, optax.GradientTransformation]:
+    """The state at step 0 and the optimizer that made it."""
+    key = jax.random.key(run.config.seed)
+    init_key, dropout_key = jax.random.split(key)
+    peft_state = run.peft.init(init_key, run.params)
+    restarts = run.peft.traits.restart_steps
+    tx = experiment.optimizer(run.config, peft_state.trainable, steps, restarts)
+    opt_state = tx.init(peft_state.trainable)
+    return TrainState(
+        jnp.zeros((), jnp.int32), peft_state, opt_state, jax.random.key_data(dropout_key)
+    ), tx
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+class Session(NamedTuple):
+    """A run that is ready to start."""
+
+    run: Experiment
+    batches: Batches
+    steps: int
+    state: TrainState
+    place: Callable[[Any], Any]  # a batch onto the devices
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    plan: plan.Plan
+
+
+def train(config: ConfigDict, folder: Path, plan_only: bool = False) -> None:
+    """Train, evaluate and report one experiment, resuming what the folder holds."""
+    session = prepare(config)
+    report.show_plan(_title(session.run, folder), session.plan)
+    if plan_only:
+        return
+    checkpoint.claim(folder, config)
+    adapted = evaluate.adapted_forward(session.run)
+    state = loop(session, folder, adapted)
+    finish(session.run, folder, state, adapted)
+
+
+def prepare(config: ConfigDict) -> Session:
+    """Load everything, place it on the mesh, and compile the step for the longest batch."""
+    mesh = sharding.data_mesh(config.data.batch_size)
+    run = experiment.build(config)
+    run = run._replace(params=sharding.replicate(mesh, run.params))
+    batches = experiment.train_batches(run)
+    steps = experiment.total_steps(config, batches)
+    state, tx = initial_state(run, steps)
+    state = sharding.replicate(mesh, state)
+
+    # One executable per batch length: nothing compiles again after the first batch of its length.
+    step_fn = jax.jit(make_step(run, tx), donate_argnums=0)
+    compiled: dict[int, Any] = {}
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        length = batch["tokens"].shape[1]
+        if length not in compiled:
+            compiled[length] = step_fn.lower(state, run.params, batch).compile()
+        return compiled[length](state, run.params, batch)
+
+    def place(batch: Any) -> Any:
+        return sharding.split_batch(mesh, batch)
+
+    shapes = batches.shapes
+    numbers = range(batches.steps_per_epoch)
+    longest = next(n for n in numbers if batches[n]["tokens"].shape == shapes[-1])
+    lowered = step_fn.lower(state, run.params, place(batches[longest]))
+    compiled[shapes[-1][1]] = lowered.compile()
+    the_plan = plan.plan(run.params, state, compiled[shapes[-1][1]], steps)
+    return Session(run, batches, steps, state, place, update, the_plan)
+
+
+def loop(session: Session, folder: Path, adapted: evaluate.Forward) -> TrainState:
+    """From the folder's newest checkpoint, or from the start, to the last step."""
+    run, steps, state = session.run, session.steps, session.state
+    config = run.config.train
+    checkpoints = checkpoint.manager(folder)
+    source = iter(session.batches)
+    restored = checkpoint.restore_latest(checkpoints, state)
+    if restored is not None:
+        state, position = restored
+        source.set_state(position)
+        report.console.print(f"resuming at step {int(state.step)} of {steps}")
+    start = int(state.step)
+    log, clock = report.Log(folder, start), _Clock()
+    norms: deque[float] = deque(maxlen=5)
+    with report.meter(steps, start) as meter:
+        for step in range(start + 1, steps + 1):
+            batch = next(source)
+            state, metrics = session.update(state, session.place(batch))
+            values = _values(metrics)
+            norms.append(values["grad_norm"])
+            if not bool(metrics.finite):
+                _stop(step, values, norms, checkpoints)
+            meter.show(step, values["loss"], clock.rate(int(batch["mask"].sum())))
+            if step == steps or step % config.eval_every == 0:
+                scores = evaluate.score(run, adapted, (run.params, state.peft_state), "dev")
+                report.show_scores(step, "dev", scores)
+                values |= {"dev_accuracy": scores.accuracy, "dev_macro_f1": scores.macro_f1}
+            log.write(step, values)
+            if step == steps or step % config.save_every == 0:
+                log.flush()
+                checkpoint.save(checkpoints, step, state, source.get_state())
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+    log.close()
+    return state
+
+
+def finish(run: Experiment, folder: Path, state: TrainState, adapted: evaluate.Forward) -> None:
+    """Score the adapted model against the baselines; write adapter, results and figure."""
+    labels, split = run.task.labels, "test"
+    pefts.save(folder / "adapter.safetensors", run.peft, state.peft_state, run.params)
+    results = {
+        "majority class": evaluate.majority(run, split),
+        "linear probe": evaluate.linear_probe(run, [split])[split],
+        "adapted": evaluate.score(run, adapted, (run.params, state.peft_state), split),
+    }
+    facts = {"split": split, "steps": int(state.step), "method": run.config.method.method}
+    trainable = pefts.count(state.peft_state.trainable)
+    report.save_results(folder / "results.json", results, labels, trainable=trainable, **facts)
+    report.figure(folder / "figure.png", folder, results, labels, split)
+    report.show_results(results, split)
+    report.show_files(
+        {
+            "adapter": folder / "adapter.safetensors",
+            "checkpoints": folder / "checkpoints",
+            "metrics": folder / "metrics.csv",
+            "tensorboard": folder / "tensorboard",
+            "results": folder / "results.json",
+            "figure": folder / "figure.png",
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------- details
+
+
+def _title(run: Experiment, folder: Path) -> dict[str, str]:
+    sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in run.rows.items())
+    config = run.config
+    return {
+        "data": f"{run.task.name}: {sizes}; {len(run.task.labels)} classes",
+        "model": f"{config.model.source} in {config.model.dtype} on {len(jax.devices())} device(s)",
+        "method": str(config.method.method),
+        "run folder": str(folder),
+    }
+
+
+def _values(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics._asdict().items() if name != "finite"}
+
+
+def _stop(step: int, values: dict[str, float], norms: Iterable[float], checkpoints: Any) -> None:
+    checkpoints.wait_until_finished()
+    saved = checkpoints.latest_step()
+    good = (
+        "No checkpoint was saved yet."
+        if saved is None
+        else f"The checkpoint of step {saved} is good."
+    )
+    raise FloatingPointError(
+        f"step {step}: loss {values['loss']}, penalty {values['penalty']}; the last gradient norms "
+        f"were {', '.join(f'{norm:.4g}' for norm in norms)}. The update was not made. {good} Lower "
+        "optimizer.learning_rate or optimizer.clip_norm, or look at the data."
+    )
+
+
+class _Clock:
+    """Tokens per second since the first step, its compilation left out."""
+
+    def __init__(self) -> None:
+        self.start, self.tokens = 0.0, 0
+
+    def rate(self, tokens: int) -> float:
+        if not self.start:
+            self.start = time.monotonic()
+            return 0.0
+        self.tokens += tokens
+        return self.tokens / max(time.monotonic() - self.start, 1e-9)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options start with --")
+    logging.set_verbosity(logging.WARNING)
+    config = CONFIG.value
+    folder = Path(WORKDIR.value or f"runs/{config.name}")
+    try:
+        train(config, folder, PLAN.value)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,216 @@
+"""What a run tells: the console, metrics.csv and TensorBoard, results.json and the figure."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from data.metrics import Scores
+from training.checkpoint import write_atomically
+from training.plan import Plan
+
+COLUMNS = ("step", "loss", "grad_norm", "penalty", "dev_accuracy", "dev_macro_f1")
+console = Console(soft_wrap=True)
+
+
+def show_plan(title: Mapping[str, str], plan: Plan) -> None:
+    """Print what is about to be done."""
+    table = Table(title="plan", show_header=False, title_justify="left")
+    for name, value in title.items():
+        table.add_row(name, value)
+    share = plan.trainable_count / plan.base_count
+    table.add_row("base", f"{plan.base_count:,} parameters, {mebibytes(plan.base_bytes)}")
+    table.add_row("trainable", f"{plan.trainable_count:,} parameters ({share:.2%} of the base)")
+    table.add_row("adapter", mebibytes(plan.adapter_bytes))
+    table.add_row("optimizer", mebibytes(plan.optimizer_bytes))
+    table.add_row(
+        "activations", f"{mebibytes(plan.activation_bytes)} (compiled step, largest batch)"
+    )
+    table.add_row("memory in all", mebibytes(plan.total_bytes))
+    table.add_row("steps", f"{plan.steps:,}")
+    console.print(table)
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+class Meter(NamedTuple):
+    """The progress bar of a run; a plain line now and then where there is no terminal."""
+
+    bar: progress.Progress
+    task: progress.TaskID
+
+    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, text=text)
+        if not self.bar.console.is_terminal and step % 25 == 0:
+            total = self.bar.tasks[0].total or 0
+            left = self.bar.tasks[0].time_remaining
+            ending = "" if left is None else f"  {left:.0f} s left"
+            self.bar.console.print(f"step {step}/{total:.0f}  {text}{ending}")
+
+
+@contextmanager
+def meter(steps: int, start: int) -> Iterator[Meter]:
+    """A progress bar with loss, tokens per second and time left."""
+    columns = (
+        progress.TextColumn("training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[text]}"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield Meter(bar, bar.add_task("train", total=steps, completed=start, text=""))
+
+
+class Log:
+    """metrics.csv and TensorBoard events of one run folder; rows after `start` are dropped.
+
+    A class, because it holds two open files.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        self.file = folder / "metrics.csv"
+        self.rows = [row for row in read_rows(self.file) if int(row["step"]) <= start]
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one row; values not in COLUMNS are refused by the CSV writer."""
+        self.rows.append({"step": step, **values})
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.file, text.getvalue())
+
+    def close(self) -> None:
+        self.flush()
+        self.events.close()
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv; none if there is no such file."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def show_scores(step: int, split: str, scores: Scores) -> None:
+    """Print one line of scores."""
+    text = f"{split} accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f}"
+    console.print(f"step {step}: {text}", highlight=False)
+
+
+def show_results(results: Mapping[str, Scores], split: str) -> None:
+    """Print a table of scores, one row per system."""
+    table = Table(title=f"results on {split}", title_justify="left")
+    for column in ("", "accuracy", "macro-F1"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, scores in results.items():
+        table.add_row(name, f"{scores.accuracy:.3f}", f"{scores.macro_f1:.3f}")
+    console.print(table)
+
+
+def show_files(files: Mapping[str, Path]) -> None:
+    """Print where the run's files are."""
+    for name, path in files.items():
+        console.print(f"{name:<12}{path}", highlight=False)
+
+
+def save_results(
+    file: Path, results: Mapping[str, Scores], labels: tuple[str, ...], **facts: Any
+) -> None:
+    """Write the scores, confusion matrices included, as JSON."""
+    systems = {
+        name: {**scores._asdict(), "confusion": np.asarray(scores.confusion).tolist()}
+        for name, scores in results.items()
+    }
+    content = {**facts, "labels": list(labels), "systems": systems}
+    write_atomically(file, json.dumps(content, indent=2) + "\n")
+
+
+def figure(
+    file: Path, folder: Path, results: Mapping[str, Scores], labels: tuple[str, ...], split: str
+) -> None:
+    """Draw loss and accuracy curves and the confusion matrix of the last system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_rows(folder / "metrics.csv")
+    fig, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(17, 5.2), width_ratios=(1, 1, 1.25), layout="constrained"
+    )
+    _draw_loss(left, rows)
+    _draw_scores(middle, rows, results, split)
+    _draw_confusion(right, list(results.items())[-1], labels, split)
+    temporary = file.with_name("figure.tmp.png")
+    fig.savefig(temporary, dpi=120)
+    plt.close(fig)
+    os.replace(temporary, file)
+
+
+def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    kept = [row for row in rows if row.get(name) not in ("", None)]
+    return [int(row["step"]) for row in kept], [float(row[name]) for row in kept]
+
+
+def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
+    steps, losses = _curve(rows, "loss")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="every step")
+    window = max(1, len(losses) // 40)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
+    axes.set(title="training loss", xlabel="step", ylabel="cross-entropy")
+    axes.legend(frameon=False)
+
+
+def _draw_scores(
+    axes: Any, rows: list[dict[str, Any]], results: Mapping[str, Scores], split: str
+) -> None:
+    for name, color in (("dev_accuracy", "tab:blue"), ("dev_macro_f1", "tab:orange")):
+        axes.plot(*_curve(rows, name), color=color, marker="o", markersize=3, label=name[4:])
+    for (name, scores), style in zip(list(results.items())[:-1], (":", "--"), strict=False):
+        axes.axhline(scores.accuracy, color="gray", linestyle=style, label=f"{name} ({split})")
+    axes.set(title="scores on dev during training", xlabel="step", ylim=(0, 1))
+    axes.legend(frameon=False)
+
+
+def _draw_confusion(
+    axes: Any, system: tuple[str, Scores], labels: tuple[str, ...], split: str
+) -> None:
+    name, scores = system
+    counts = np.asarray(scores.confusion, float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.005:
+            color = "white" if share > 0.5 else "black"
+            axes.text(
+                column, row, f"{share:.2f}", ha="center", va="center", color=color, fontsize=7
+            )
+    short = [label if len(label) <= 24 else label[:22] + "…" for label in labels]
+    axes.set_xticks(range(len(labels)), short, rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(labels)), short, fontsize=8)
+    axes.set(
+        title=f"{name} on {split}: share of each true class", xlabel="predicted", ylabel="true"
+    )
