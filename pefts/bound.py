@@ -138,7 +138,7 @@ def effective_matrix(bound: BoundKernel, ambient: Ambient) -> jax.Array:
         matrix = effective_matrix(base, ambient)
     else:
         matrix = views.to_matrix(base, axes)
-        matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+        matrix = matrix.astype(matrix.dtype if matrix.dtype == jnp.float64 else jnp.float32)
     if rule.effective is None:
         return matrix
     call = ambient.call(bound)
