@@ -1,9 +1,12 @@
 """Parameter-efficient fine-tuning of JAX models: pure transforms of parameter pytrees."""
 
+from pefts.calibrate import calibrate
 from pefts.compose import chain, partition
 from pefts.core import Peft, PeftState, Traits, count, randomize, stack
 from pefts.inject import apply, infer_axes
+from pefts.io import load, save
 from pefts.methods import METHODS
+from pefts.methods.bottleneck import bottleneck
 from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
@@ -18,6 +21,8 @@ __all__ = [
     "Traits",
     "apply",
     "bitfit",
+    "bottleneck",
+    "calibrate",
     "chain",
     "count",
     "dora",
@@ -25,8 +30,10 @@ __all__ = [
     "full",
     "head_only",
     "infer_axes",
+    "load",
     "lora",
     "partition",
     "randomize",
+    "save",
     "stack",
 ]

@@ -1,7 +1,7 @@
 """Which base an adapter belongs to: the shape and a checksum of every kernel it adapts.
 
-The checksum covers all values, as bfloat16 would round them, so that a float32 and a bfloat16 copy of
-one checkpoint agree. With b_i the 16 bits of value i and w_i a fixed odd weight of its position,
+The checksum covers all values, as bfloat16 would round them, so that a float32 and a bfloat16 copy
+of one checkpoint agree. With b_i the 16 bits of value i and w_i a fixed odd weight of its position,
 
     sum_i b_i w_i  mod 2^32          twice, with independent weights
 
@@ -66,9 +66,9 @@ def check(
         if path not in flat:
             near = difflib.get_close_matches(path, flat, n=3)
             raise ValueError(
-                f"{source} is an adapter for another base: it adapts {path!r} {shape}, which params do "
-                f"not have{f' (near names: {near})' if near else ''}. Load it on the model it was made "
-                "for, built with the same options (scanned layers, head)."
+                f"{source} is an adapter for another base: it adapts {path!r} {shape}, which "
+                f"params do not have{f' (near names: {near})' if near else ''}. Load it on the "
+                "model it was made for, built with the same options (scanned layers, head)."
             )
         if tuple(flat[path].shape) != shape:
             raise ValueError(
@@ -84,15 +84,15 @@ def check(
     ]
     if changed:
         raise ValueError(
-            f"{source} is an adapter for another base: {len(changed)} of {len(recorded)} adapted leaves "
-            f"hold other values, for instance {changed[0]!r}. Give the parameters it was trained on, "
-            "neither merged nor bound; for the same checkpoint in another format (quantised, float16) "
-            "pass check_base='shapes'."
+            f"{source} is an adapter for another base: {len(changed)} of {len(recorded)} adapted "
+            f"leaves hold other values, for instance {changed[0]!r}. Give the parameters it was "
+            "trained on, neither merged nor bound; for the same checkpoint in another format "
+            "(quantised, float16) pass check_base='shapes'."
         )
 
 
 def checksum(leaf: Any) -> str:
-    """16 hexadecimal digits of one leaf: an array, or a pytree of arrays such as a quantised kernel."""
+    """16 hexadecimal digits per array of one leaf (a quantised kernel has several)."""
     arrays = jax.tree.leaves(leaf)
     sums = [np.asarray(_sums(jnp.asarray(array))).tolist() for array in arrays]
     return "-".join("".join(f"{value:08x}" for value in pair) for pair in sums)

@@ -37,12 +37,12 @@ def save(path: str | os.PathLike, peft: Peft, state: PeftState, params: Params) 
       path: the file; folders on the way are made. An existing file is replaced.
       peft: the method. It must be one that its config rebuilds.
       state: its state; sharded arrays are gathered, and the first process writes.
-      params: the base that the state adapts, neither bound nor merged: its fingerprint is stored, and
-        `load` refuses another base.
+      params: the base that the state adapts, neither bound nor merged: its fingerprint is stored,
+        and `load` refuses another base.
 
     Raises:
-      ValueError: the state is not one of this method on these params, holds NaN or Inf, or the method
-        cannot be rebuilt (a partition labelled by a function).
+      ValueError: the state is not one of this method on these params, holds NaN or Inf, or the
+        method cannot be rebuilt (a partition labelled by a function).
       OSError: the file cannot be written; what was there before is left as it was.
 
     Example:
@@ -81,17 +81,17 @@ def load(
 
     Args:
       path: the file.
-      params: the base. Its adapted leaves must have the values they had at `save`, up to rounding to
-        bfloat16, so a float32 and a bfloat16 copy of one checkpoint are the same base. Leaves that the
-        adapter replaces entirely (pefts.full) are compared in shape alone.
+      params: the base. Its adapted leaves must have the values they had at `save`, up to rounding
+        to bfloat16, so a float32 and a bfloat16 copy of one checkpoint are the same base. Leaves
+        that the adapter replaces entirely (pefts.full) are compared in shape alone.
       check_base: "values", or "shapes" for a copy in another format, such as a quantised one.
 
     Returns:
       (peft, state), the state's arrays bit for bit as they were saved.
 
     Raises:
-      ValueError: no such file, a truncated or foreign one, another format version, an unknown method,
-        another base, leaves that are missing, extra or of another shape, NaN or Inf.
+      ValueError: no such file, a truncated or foreign one, another format version, an unknown
+        method, another base, leaves that are missing, extra or of another shape, NaN or Inf.
     """
     if check_base not in fingerprint.CHECKS:
         raise ValueError(f"check_base={check_base!r}: choose one of {fingerprint.CHECKS}.")
@@ -161,7 +161,8 @@ def _plain_config(peft: Peft) -> dict[str, Any]:
         from_config(config)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{peft.config.get('method')} cannot be stored: its config does not rebuild it ({error})."
+            f"{peft.config.get('method')} cannot be stored: its config does not rebuild it "
+            f"({error})."
         ) from error
     return config
 
@@ -171,8 +172,8 @@ def _rebuild(header: Mapping[str, Any], file: Path) -> Peft:
         return from_config(header["config"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} was written by {header['library']}, and its method cannot be rebuilt here: {error} "
-            f"This is {_library()}."
+            f"{file} was written by {header['library']}, and its method cannot be rebuilt here: "
+            f"{error} This is {_library()}."
         ) from error
 
 
@@ -180,8 +181,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     metadata, arrays = open_tensors(file)
     if HEADER not in metadata:
         raise ValueError(
-            f"{file} was not written by pefts.save: its header has no {HEADER!r} entry. A Hugging Face "
-            "PEFT adapter is read by pefts.import_hf(folder, params, names)."
+            f"{file} was not written by pefts.save: its header has no {HEADER!r} entry. A Hugging "
+            "Face PEFT adapter is read by pefts.import_hf(folder, params, names)."
         )
     try:
         header = json.loads(metadata[HEADER])
@@ -190,8 +191,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"the header of {file} is damaged ({error}): copy it again.") from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format_version={version!r}; {_library()} reads {FORMAT_VERSION}. It was written "
-            f"by {header.get('library')}: use that version, or a later one."
+            f"{file} has format_version={version!r}; {_library()} reads {FORMAT_VERSION}. It was "
+            f"written by {header.get('library')}: use that version, or a later one."
         )
     absent = [field for field in FIELDS if field not in header]
     if absent:
@@ -252,8 +253,8 @@ def _restored(name: str, array: np.ndarray, entry: Mapping[str, Any]) -> np.ndar
     array = array if array.dtype == dtype else array.view(dtype)
     if list(array.shape) != list(entry["shape"]):
         raise ValueError(
-            f"{name!r} has shape {array.shape} and the header says {tuple(entry['shape'])}: the file is "
-            "damaged, copy it again."
+            f"{name!r} has shape {array.shape} and the header says {tuple(entry['shape'])}: the "
+            "file is damaged, copy it again."
         )
     return array
 
@@ -262,8 +263,8 @@ def _to_device(name: str, array: np.ndarray) -> jax.Array:
     leaf = jnp.asarray(array)
     if leaf.dtype != array.dtype:
         raise ValueError(
-            f"{name!r} is {array.dtype.name}, which this process would round to {leaf.dtype.name}: set "
-            "jax.config.update('jax_enable_x64', True) first."
+            f"{name!r} is {array.dtype.name}, which this process would round to {leaf.dtype.name}: "
+            "set jax.config.update('jax_enable_x64', True) first."
         )
     return leaf
 
@@ -272,7 +273,8 @@ def _check_listed(listed: Mapping[str, Any], arrays: Mapping[str, Any], file: Pa
     missing, extra = sorted(set(listed) - set(arrays)), sorted(set(arrays) - set(listed))
     if missing or extra:
         raise ValueError(
-            f"{file} is damaged: missing leaves {missing}, extra leaves {extra}. Copy or save it again."
+            f"{file} is damaged: missing leaves {missing}, extra leaves {extra}. Copy or save it "
+            "again."
         )
 
 
@@ -281,8 +283,8 @@ def _check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         if floating and not np.isfinite(array.astype(np.float64)).all():
             raise ValueError(
-                f"{source} has NaN or Inf in {name!r}: the training that made it diverged. Go back to an "
-                "earlier checkpoint."
+                f"{source} has NaN or Inf in {name!r}: the training that made it diverged. Go back "
+                "to an earlier checkpoint."
             )
 
 
@@ -298,8 +300,8 @@ def _check_structure(peft: Peft, params: Params, leaves: Mapping[str, Any], sour
     if missing or extra:
         raise ValueError(
             f"{source} is no state of {peft.config['method']} on these params: missing leaves "
-            f"{missing[:5]}, extra leaves {extra[:5]} ({len(missing)} and {len(extra)} in all). Use the "
-            "method and the parameters that it was made with."
+            f"{missing[:5]}, extra leaves {extra[:5]} ({len(missing)} and {len(extra)} in all). "
+            "Use the method and the parameters that it was made with."
         )
     for name, leaf in wanted.items():
         found = leaves[name]
