@@ -18,6 +18,19 @@ VOCABULARY, WIDTH, HEADS, HEAD_SIZE, HIDDEN, LAYERS, CLASSES = 18, 12, 2, 8, 20,
 BATCH, TOKENS = 8, 6
 
 
+class Norm(nn.Module):
+    """Layer normalisation in the dtype of its input; flax's own mixes dtypes, which tests forbid."""
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, (WIDTH,))
+        bias_D = self.param("bias", nn.initializers.zeros, (WIDTH,))
+        centred = x_BxTxD - x_BxTxD.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + 1e-6)
+        return normed * scale_D[None, None] + bias_D[None, None]
+
+
 class Attention(nn.Module):
     """Self-attention whose projections keep the head axes in their kernels."""
 
@@ -39,9 +52,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, None]:
-        normed = nn.LayerNorm(name="norm_1")(x_BxTxD)
+        normed = Norm(name="norm_1")(x_BxTxD)
         x_BxTxD = x_BxTxD + Attention(name="attention")(normed, mask_BxT)
-        hidden = nn.gelu(nn.Dense(HIDDEN, name="up")(nn.LayerNorm(name="norm_2")(x_BxTxD)))
+        hidden = nn.gelu(nn.Dense(HIDDEN, name="up")(Norm(name="norm_2")(x_BxTxD)))
         return x_BxTxD + nn.Dense(WIDTH, name="down")(hidden), None
 
 
@@ -65,7 +78,7 @@ class Classifier(nn.Module):
         else:
             for index in range(LAYERS):
                 x_BxTxD, _ = Block(name=f"layers_{index}")(x_BxTxD, mask_BxT)
-        x_BxTxD = nn.LayerNorm(name="norm")(x_BxTxD)
+        x_BxTxD = Norm(name="norm")(x_BxTxD)
         weight_BxT = mask_BxT.astype(x_BxTxD.dtype)
         pooled_BxD = jnp.einsum("btd,bt->bd", x_BxTxD, weight_BxT) / weight_BxT.sum(1)[:, None]
         return nn.Dense(CLASSES, name="classifier")(pooled_BxD)
@@ -106,6 +119,3 @@ def cast(params: Any, dtype: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(one, params)
-
-
-MODELS = {"scanned": Classifier()}

@@ -1,0 +1,206 @@
+"""One method on the tiny model, with what several properties need computed once."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tiny
+from cases import CASES, Case
+
+import pefts
+from pefts import core, paths, views
+from pefts.targets import Site
+
+Axes = Mapping[str, str]
+
+
+@functools.cache
+def model_axes(scanned: bool) -> dict[str, str]:
+    params = tiny.parameters() if scanned else tiny.unroll(tiny.parameters())
+    return pefts.infer_axes(tiny.Classifier(scanned).apply, params, *tiny.inputs())
+
+
+@functools.cache
+def base_forward() -> Callable[..., jax.Array]:
+    return jax.jit(lambda params, *inputs: tiny.Classifier().apply({"params": params}, *inputs))
+
+
+@functools.cache
+def base_pullback() -> Callable[..., tuple[jax.Array, Any]]:
+    """(params, cotangent, *inputs) -> outputs, gradient of every parameter."""
+
+    def run(params: Any, cotangent: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, Any]:
+        out, pull = jax.vjp(lambda p: base_forward()(p, *inputs), params)
+        return out, pull(cotangent)[0]
+
+    return jax.jit(run)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """A row of the table, or a fake, made for the tiny model."""
+
+    case: Case
+    declare: Callable[[Axes], core.Declaration]
+    build: Callable[[Axes], pefts.Peft]
+
+    @functools.cached_property
+    def declaration(self) -> core.Declaration:
+        return self.declare(model_axes(True))
+
+    @functools.cached_property
+    def peft(self) -> pefts.Peft:
+        return self.build(model_axes(True))
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        return tiny.parameters()
+
+    @functools.cached_property
+    def inputs(self) -> tuple[jax.Array, jax.Array]:
+        return tiny.inputs()
+
+    @functools.cached_property
+    def context(self) -> Mapping[str, Any]:
+        return self.case.context(tiny.BATCH) if self.case.context else {}
+
+    @functools.cached_property
+    def stats(self) -> Any:
+        if not {"activations", "gradients"} & set(self.peft.traits.needs):
+            return None
+        return calibrated(self.params)
+
+    @functools.cached_property
+    def state(self) -> pefts.PeftState:
+        return self.peft.init(jax.random.key(1), self.params, self.stats)
+
+    @functools.cached_property
+    def moved(self) -> pefts.PeftState:
+        """A state away from the identity, which would hide errors."""
+        return pefts.randomize(jax.random.key(2), self.state)
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        declared = self.declaration
+        found = declared.selection.resolve(self.params, rank=declared.rank, alpha=declared.alpha)
+        return tuple(self._planned(site) for site in found)
+
+    def _planned(self, site: Site) -> Site:
+        rule = self.declaration.rule
+        if rule.plan is None:
+            return site
+        matrix = views.to_matrix(paths.flatten(self.params)[site.path], site.axes)
+        return dataclasses.replace(site, static=tuple(sorted(rule.plan(matrix, site).items())))
+
+    @functools.cached_property
+    def forward(self) -> Callable[[pefts.PeftState], jax.Array]:
+        return jax.jit(lambda state: forward(self, self.params, state))
+
+    @functools.cached_property
+    def merged(self) -> dict[str, Any]:
+        return jax.jit(self.peft.merge)(self.params, self.moved)
+
+    @functools.cached_property
+    def trained(self) -> "Training":
+        return Training(self)
+
+
+def forward(
+    subject: Subject,
+    params: Any,
+    state: Any,
+    *,
+    peft: Any = None,
+    scanned: bool = True,
+    **kwargs: Any,
+) -> jax.Array:
+    """The factored forward pass."""
+    bound = (peft or subject.peft).bind(params, state, **subject.context)
+    model = tiny.Classifier(scanned)
+    return pefts.apply(model.apply)({"params": bound}, *subject.inputs, **kwargs)
+
+
+class Training:
+    """Adam on a random target, the way train.py composes it: gradients, optax, peft.update."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.traces = 0
+        self.subject = subject
+        self.optimizer = optax.adam(1e-2)
+        self.jitted = jax.jit(self.step)
+
+    def start(self) -> tuple[pefts.PeftState, Any]:
+        state = self.subject.state
+        return state, self.optimizer.init(state.trainable)
+
+    def step(
+        self, params: Any, state: Any, moments: Any, index: Any, inputs: Any, context: Any
+    ) -> tuple[Any, Any, jax.Array, Any]:
+        """(state, optimizer state) after one update, and the loss and gradients before it."""
+        self.traces += 1
+        peft, model = self.subject.peft, tiny.Classifier()
+        target = jax.random.normal(jax.random.key(3), (tiny.BATCH, tiny.CLASSES))
+
+        def loss_of(trainable: Any) -> jax.Array:
+            full = state._replace(trainable=trainable)
+            bound = peft.bind(params, full, **context)
+            logits = pefts.apply(model.apply)({"params": bound}, *inputs)
+            return jnp.mean((logits - target) ** 2) + peft.penalty(full)
+
+        loss, grads = jax.value_and_grad(loss_of)(state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            updates, moments = self.optimizer.update(grads, moments, state.trainable)
+        state = state._replace(trainable=optax.apply_updates(state.trainable, updates))
+        return peft.update(state, grads, index), moments, loss, grads
+
+    @functools.cached_property
+    def history(self) -> list[tuple[Any, Any, jax.Array, Any]]:
+        """What `step` returned for each of three updates."""
+        state, moments = self.start()
+        subject, out = self.subject, []
+        for index in range(3):
+            now = jnp.asarray(index, jnp.int32)
+            out.append(
+                self.jitted(subject.params, state, moments, now, subject.inputs, subject.context)
+            )
+            state, moments = out[-1][:2]
+        return out
+
+
+def calibrated(params: Any) -> Any:
+    """Statistics of every kernel on two batches."""
+    batches = [tiny.inputs(seed) for seed in (5, 6)]
+    return pefts.calibrate(
+        tiny.Classifier().apply, params, batches, targets="all-linear", axes=model_axes(True)
+    )
+
+
+def subject_of(case: Case) -> Subject:
+    """The row's method, through its public factory."""
+    build = pefts.METHODS[case.method]
+    if not hasattr(build, "__wrapped__"):
+        raise TypeError(f"{case.method} is not made by @factory, which keeps its declaration.")
+    return Subject(
+        case,
+        declare=lambda axes: build.__wrapped__(**case.kwargs, axes=axes),
+        build=lambda axes: build(**case.kwargs, axes=axes),
+    )
+
+
+def fake_of(case: Case, declare: Callable[[Axes], core.Declaration]) -> Subject:
+    """A method that stands in no table."""
+    return Subject(case, declare, lambda axes: core.lift(declare(axes), {"method": case.method}))
+
+
+def row_id(case: Case) -> str:
+    """The method's name; later rows of one method add a hash of their arguments."""
+    first = next(row for row in CASES if row.method == case.method)
+    if first is case:
+        return case.method
+    described = repr(sorted(case.kwargs.items()))
+    return f"{case.method}-{zlib.crc32(described.encode()):08x}"
