@@ -25,13 +25,20 @@ def factored(module: nn.Module, method: str, own: Mapping[str, BoundKernel]) -> 
         product = PRODUCTS.get((type(module), method))
         if product is not None:
             return product
+    # A hook on what a table looks up has no part in its other use, as the output head.
+    as_head = isinstance(module, nn.Embed) and method == "attend"
     for kernel in own.values():
-        if any(layer.rule.effective is None for layer in layers(kernel)):
+        if any(_needs_product(layer, as_head) for layer in layers(kernel)):
             raise ValueError(
                 f"the method on {kernel.path!r} works on the output of a linear module, and "
                 f"{type(module).__name__}.{method} is none that pefts knows: target another module."
             )
     return None
+
+
+def _needs_product(layer: BoundKernel, as_head: bool) -> bool:
+    rule = layer.rule
+    return rule.effective is None and not (as_head and rule.linear is None)
 
 
 def layers(kernel: BoundKernel) -> list[BoundKernel]:
@@ -152,7 +159,7 @@ def _conv(
     def dot(x: jax.Array, M: jax.Array) -> jax.Array:
         conv = module.clone(features=M.shape[-1], use_bias=False, parent=None, name=None)
         weights = M.astype(dtype).reshape(*window, M.shape[-1])
-        return conv.apply({"params": {"kernel": weights}}, x)
+        return jnp.asarray(conv.apply({"params": {"kernel": weights}}, x))
 
     y = multiply(inputs.astype(dtype), kernel, ambient, _key(module, kernel), dot, lookup=True)
     if bias is not None:
@@ -211,7 +218,7 @@ def _einsum(
     ambient: Ambient,
     inputs: Any,
     einsum_str: str | None = None,
-) -> jax.Array | None:
+) -> jax.Array:
     kernel, bias = own["kernel"], _bias(module)
     terms = _terms(einsum_str or module.einsum_str)
     dtype = _compute_dtype(module, inputs, kernel, bias)
