@@ -55,6 +55,27 @@ CASES: tuple[Case, ...] = (
         bad=(BadInput({"targets": "no_such_bias"}, "matches no parameter"),),
     ),
     Case(
+        "bottleneck",
+        {"width": 3, "activation": "swish", "scale": 0.5},
+        count=lambda sites: sum(
+            slices(s) * (2 * s.d_out * s.rank + s.rank + s.d_out) for s in sites
+        ),
+        output_oracle=lambda y, p, shared: (
+            y + p["scale"] * ((h := y @ p["D"] + p["b_D"]) / (1 + np.exp(-h)) @ p["U"] + p["b_U"])
+        ),
+        zero_grad_at_start=("D", "b_D"),
+        bad=(
+            BadInput({"width": 0}, "width=0"),
+            BadInput({"width": 10_000}, "rank=10000 is out of range"),
+            BadInput({"reduction": 4}, "reduction=4 sets the width of every site"),
+            BadInput({"width": None, "reduction": 0}, "reduction=0"),
+            BadInput({"width": None, "reduction": 100}, "reduction=100 leaves no width"),
+            BadInput({"placement": "everywhere"}, "placement='everywhere'"),
+            BadInput({"activation": "tanhh"}, "activation='tanhh'"),
+            BadInput({"std": 0.0}, "std=0.0"),
+        ),
+    ),
+    Case(
         "full",
         {},
         count=whole,

@@ -1,11 +1,13 @@
 """One file per method, each holding only its mathematics."""
 
+from pefts.methods.bottleneck import bottleneck
 from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
 
 METHODS = {
     "bitfit": bitfit,
+    "bottleneck": bottleneck,
     "dora": dora,
     "full": full,
     "head_only": head_only,

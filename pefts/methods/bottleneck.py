@@ -2,11 +2,11 @@
 
     y' = y + s (act(y D + b_D) U + b_U)        D (d, m), b_D (m,), U (m, d), b_U (d,)
 
-y (..., d) is the module's output with its bias, before the block's dropout and residual sum, so the
-placement is just the choice of targets. Houlsby: after attention's output projection and after the
-second feed-forward layer; Pfeiffer: after the second feed-forward layer alone. D starts as a truncated
-normal and the rest at zero, so the model is unchanged at step 0. It is not linear in y and cannot be
-merged. Trainable: d m + m + m d + d per site.
+y (..., d) is the module's output with its bias, before the block's dropout and residual sum, so
+the placement is just the choice of targets. Houlsby: after attention's output projection and after
+the second feed-forward layer; Pfeiffer: after the second feed-forward layer alone. D starts as a
+truncated normal and the rest at zero, so the model is unchanged at step 0. It is not linear in y
+and cannot be merged. Trainable: d m + m + m d + d per site.
 """
 
 from typing import Any, Unpack
@@ -40,7 +40,7 @@ DEFAULT_WIDTH = 64
 
 @factory
 def bottleneck(
-    bottleneck: int | None = None,
+    width: int | None = None,
     *,
     reduction: int | None = None,
     placement: str | None = "houlsby",
@@ -54,10 +54,11 @@ def bottleneck(
     The output axes of a DenseGeneral (heads, head size) are taken together as d.
 
     Args:
-      bottleneck: m, from 1 to the kernel's smaller side (Houlsby et al. try 8, 64 and 256; 64 when
+      width: m, from 1 to the kernel's smaller side (Houlsby et al. try 8, 64 and 256; 64 when
         `reduction` is absent too); rank_pattern gives single sites another m.
       reduction: m = d // reduction instead (Pfeiffer et al.: 16).
-      placement: default targets, "houlsby" or "pfeiffer"; None is "all-linear". `targets` overrules it.
+      placement: default targets, "houlsby" or "pfeiffer"; None is "all-linear".
+        `targets` overrules it.
       activation: act, one of "gelu" (by the error function), "relu", "swish".
       scale: s; alpha_pattern gives single sites another one.
       std: standard deviation of D before it is truncated at two of them (paper: 1e-2).
@@ -67,8 +68,8 @@ def bottleneck(
       A Peft; it cannot be merged.
 
     Raises:
-      ValueError: bottleneck and reduction both given or out of range, unknown placement or activation,
-        std not positive, or no kernel matches.
+      ValueError: width and reduction both given or out of range, unknown placement or
+        activation, std not positive, or no kernel matches.
 
     Example:
       >>> import jax, pefts
@@ -80,7 +81,7 @@ def bottleneck(
     Source: Parameter-Efficient Transfer Learning for NLP, arXiv 1902.00751; AdapterFusion:
       Non-Destructive Task Composition for Transfer Learning, arXiv 2005.00247.
     """
-    width = _width(bottleneck, reduction, select)
+    rank = _width(width, reduction, select)
     _check(placement, activation, std)
 
     def start(key: jax.Array, W: jax.Array, *, site: Site, stats: Any) -> tuple[dict, dict]:
@@ -104,7 +105,7 @@ def bottleneck(
         rule=Rule(start, output=output),
         selection=selection(default=default, **select),
         traits=Traits(mergeable=False),
-        rank=width,
+        rank=rank,
         alpha=scale,
     )
 
@@ -125,22 +126,22 @@ def _flat(y: jax.Array, d: int) -> jax.Array:
         size *= y.shape[-axes]
     if size != d:
         raise ValueError(
-            f"bottleneck: an output of shape {y.shape} does not end in axes of {d} numbers in all, as "
-            "the targeted kernel's does; target a module whose output axes come last."
+            f"bottleneck: an output of shape {y.shape} does not end in axes of {d} numbers "
+            "in all, as the targeted kernel's does; target a module whose output axes come last."
         )
     return y.reshape(*y.shape[: y.ndim - axes], d)
 
 
-def _width(bottleneck: int | None, reduction: int | None, select: Select) -> int:
+def _width(width: int | None, reduction: int | None, select: Select) -> int:
     """m for all sites, or 0 when each site has its own by `reduction`."""
     if reduction is None:
-        width = DEFAULT_WIDTH if bottleneck is None else bottleneck
+        width = DEFAULT_WIDTH if width is None else width
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-            raise ValueError(f"bottleneck={bottleneck!r}: give a positive integer, such as 64.")
+            raise ValueError(f"width={width!r}: give a positive integer, such as 64.")
         return width
-    if bottleneck is not None or select.get("rank_pattern"):
+    if width is not None or select.get("rank_pattern"):
         raise ValueError(
-            f"reduction={reduction!r} sets the width of every site: give either it, or bottleneck "
+            f"reduction={reduction!r} sets the width of every site: give either it, or width "
             "(with or without rank_pattern)."
         )
     if not isinstance(reduction, int) or isinstance(reduction, bool) or reduction < 1:
@@ -152,8 +153,8 @@ def _reduced(site: Site, reduction: int | None) -> int:
     m = site.d_out // (reduction or 1)
     if m < 1:
         raise ValueError(
-            f"reduction={reduction} leaves no width for {site.path!r}, whose output has {site.d_out} "
-            f"features: choose 1 to {site.d_out}."
+            f"reduction={reduction} leaves no width for {site.path!r}, whose output has "
+            f"{site.d_out} features: choose 1 to {site.d_out}."
         )
     return m
 
