@@ -10,6 +10,7 @@ from pefts.methods.bottleneck import bottleneck
 from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
+from pefts.methods.prompt import prompt
 from pefts.registry import from_config
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "lora",
     "partition",
+    "prompt",
     "randomize",
     "save",
     "stack",

@@ -104,4 +104,19 @@ CASES: tuple[Case, ...] = (
             BadInput({"ranks": 4}, "has no argument 'ranks'"),
         ),
     ),
+    Case(
+        "prompt",
+        {"length": 2},
+        count=lambda sites: sum(2 * s.d_out for s in sites),
+        output_oracle=lambda y, p, shared: np.concatenate(
+            [np.broadcast_to(p["P"], (len(y), *p["P"].shape)), y[:, len(p["P"]) :]], axis=1
+        ),
+        bad=(
+            BadInput({"length": 0}, "length=0"),
+            BadInput({"init": "text"}, "init='text'"),
+            BadInput({"std": -1.0}, "std=-1.0"),
+            BadInput({"placeholder": -1}, "placeholder=-1"),
+            BadInput({"targets": "query"}, "'layers/attention/query/kernel' .* is none"),
+        ),
+    ),
 )

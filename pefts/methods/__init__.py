@@ -4,6 +4,7 @@ from pefts.methods.bottleneck import bottleneck
 from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
+from pefts.methods.prompt import prompt
 
 METHODS = {
     "bitfit": bitfit,
@@ -12,4 +13,5 @@ METHODS = {
     "full": full,
     "head_only": head_only,
     "lora": lora,
+    "prompt": prompt,
 }

@@ -3,10 +3,10 @@
     E' = [P; E]        P (n, d), E (..., T, d) the looked-up embeddings
 
 The token ids get n placeholder ids in front, and the arguments that run along with them (the mask,
-token types) a fill value each; the lookup's first n positions are then overwritten with P. The other
-parts of the model see n + T tokens: its positions count from the first virtual one, and its outputs per
-token keep n virtual positions in front. Trainable: n d. A table that is also the output head (tied) stays
-as it is there. Not the identity at step 0, and it cannot be merged.
+token types) a fill value each; the lookup's first n positions are then overwritten with P. The
+other parts of the model see n + T tokens: positions count from the first virtual one, and outputs
+per token keep n virtual positions in front. A table that is also the output head (tied) is left
+alone there. Not the identity at step 0, and it cannot be merged. Trainable: n d.
 """
 
 from collections.abc import Mapping
@@ -46,21 +46,22 @@ def prompt(
 ) -> Declaration:
     """Soft prompt: E' = [P; E], with P (n, d) trained and E (..., T, d) the embedded tokens.
 
-    A model that looks the table up for a second sequence too (one table for encoder and decoder) is
-    not served: every lookup's first n positions become P. Nor is decoding token by token with a cache:
-    each call gets its own virtual tokens.
+    A model that looks the table up for a second sequence too (one table for encoder and decoder)
+    is not served: every lookup's first n positions become P. Nor is decoding token by token with a
+    cache: each call gets its own virtual tokens.
 
     Args:
       length: n, the number of virtual tokens (Hugging Face PEFT has no default; its guides use 20).
       init: of P, "vocab" (rows of the table, drawn at random, each once where there are enough) or
         "normal" (mean 0, standard deviation `std`).
-      std: for init="normal". Hugging Face PEFT uses 1, which lies far off the scale of most tables.
+      std: for init="normal". Hugging Face PEFT uses 1, far off the scale of most tables.
       tokens: where the model's call has its ids: a position (after the variables) or a keyword.
-      placeholder: the id at virtual positions. It must be one that the model does not treat as padding
-        (RoBERTa counts positions by ids other than its pad, 1), and is never looked at otherwise.
-      aligned: {position or keyword: fill value} of other arguments shaped (..., T) or (..., T, more),
-        extended by n values; None leaves that argument alone. Joined to the default: position "1",
-        "mask" and "attention_mask" with 1, "token_types" and "token_type_ids" with 0.
+      placeholder: the id at virtual positions. It must be one that the model does not treat as
+        padding (RoBERTa counts positions by ids other than its pad, 1); else it does not matter.
+      aligned: {position or keyword: fill value} of other arguments shaped (..., T) or
+        (..., T, more), extended by n values; None leaves that argument alone. Joined to the
+        default: position "1", "mask" and "attention_mask" with 1, "token_types" and
+        "token_type_ids" with 0.
       **select: targets (default: the word embedding by its usual names), exclude, axes; see
         pefts.targets.Select. One table must be left.
 
@@ -68,8 +69,8 @@ def prompt(
       A Peft; it cannot be merged.
 
     Raises:
-      ValueError: length, std, placeholder or init out of range; no table, several, or no table at all
-        in the targets; at the call: no ids where `tokens` says, or an argument along the tokens that
+      ValueError: length, std, placeholder or init out of range; targets that are no table, or
+        several; at the call: no ids where `tokens` says, or an argument along the tokens that
         `aligned` does not name.
 
     Example:
@@ -123,7 +124,7 @@ def _overwrite(y: jax.Array, p: State, call: Call) -> jax.Array:
 def _extend(
     args: tuple, kwargs: dict, n: int, tokens: int | str, placeholder: int, fills: Mapping[str, Any]
 ) -> tuple[tuple, dict]:
-    """The arguments with n more positions in front of the tokens and of what runs along with them."""
+    """The arguments with n more positions in the tokens and in what runs along with them."""
     given = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
     ids = given.get(str(tokens))
     if ids is None or not _is_array(ids) or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -150,15 +151,15 @@ def _aligned(
             return value
         if tuple(value.shape[: axis + 1]) != tuple(ids_shape):
             raise ValueError(
-                f"prompt: argument {name!r} of shape {tuple(value.shape)} does not run along ids of "
-                f"shape {tuple(ids_shape)}; give aligned={{{name!r}: None}} to leave it alone."
+                f"prompt: argument {name!r} of shape {tuple(value.shape)} does not run along ids "
+                f"of shape {tuple(ids_shape)}; give aligned={{{name!r}: None}} to leave it alone."
             )
         return _in_front(value, n, fills[name], axis)
     if length in value.shape[axis:]:
         raise ValueError(
-            f"prompt: argument {name!r} of shape {tuple(value.shape)} seems to run along the {length} "
-            f"tokens, which become {length + n}: give aligned={{{name!r}: fill}} with the value for "
-            f"virtual positions, or aligned={{{name!r}: None}} to leave it alone."
+            f"prompt: argument {name!r} of shape {tuple(value.shape)} seems to run along the "
+            f"{length} tokens, which become {length + n}: give aligned={{{name!r}: fill}} with the "
+            f"value for virtual positions, or aligned={{{name!r}: None}} to leave it alone."
         )
     return value
 
