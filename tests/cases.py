@@ -76,6 +76,20 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
+        "dora",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * (s.rank * (s.d_in + s.d_out) + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: (
+            p["m"] * (V := W + p["scale"] * p["A"] @ p["B"]) / np.linalg.norm(V, axis=0)
+        ),
+        zero_grad_at_start=("A",),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"dropout": -0.1}, "dropout=-0.1"),
+        ),
+    ),
+    Case(
         "full",
         {},
         count=whole,

@@ -1,4 +1,4 @@
-"""DoRA: a low-rank update of the kernel's direction, and a magnitude of its own for each output unit.
+"""DoRA: a low-rank update of a kernel's direction, and a trained magnitude per output unit.
 
     V = W + s A B                    A (d_in, r), B (r, d_out), s = alpha / r
     y = (m / c) * (x V)              c_j = ||V[:, j]||, m (d_out,)
@@ -30,17 +30,17 @@ def dora(
     dropout: float = 0.0,
     **select: Unpack[Select],
 ) -> Declaration:
-    """Weight-decomposed adaptation: y = (m / c) * (x W + s (x A) B), A (d_in, r), B (r, d_out), m (d_out,).
+    """Weight-decomposed low-rank adaptation: y = (m / c) * (x W + s (x A) B).
 
-    c (d_out,) holds the column norms of W + s A B, through which no gradient flows. The module's bias
-    is not scaled.
+    A (d_in, r), B (r, d_out), m (d_out,); c (d_out,) holds the column norms of W + s A B, through
+    which no gradient flows. The module's bias is not scaled.
 
     Args:
       rank: r, from 1 to the kernel's smaller side (Hugging Face PEFT: 8; the paper: 16 and 32).
       alpha: s = alpha / r (Hugging Face PEFT: 8; the paper: 2 r).
       rslora: s = alpha / sqrt(r) instead.
-      dropout: probability of dropping an input of the adapter, which is all that differs from the base
-        product; active in calls that are given a "dropout" random stream (the paper: 0.05).
+      dropout: probability of dropping an input of the adapter, that is, of everything that the
+        adapted product adds to x W; active in calls that are given a "dropout" random stream.
       **select: targets, exclude, rank_pattern, alpha_pattern, axes; see pefts.targets.Select.
 
     Returns:
@@ -66,7 +66,8 @@ def dora(
         return {**factors(key, site), "m": m}, {"scale": jnp.float32(scaling(site, rslora))}
 
     def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
-        gain = p["m"] / norms(call.dense(W), p).astype(p["m"].dtype)
+        c = norms(call.dense(W), p)
+        gain = p["m"].astype(c.dtype) / c
         dropped = drop(x, dropout, call.key)
         y = _times(call.dot(dropped, W) + low_rank(dropped, p, call), gain)
         # The base product keeps every input; what dropout takes away is the adapter's change alone.
@@ -93,10 +94,10 @@ def effective(W: jax.Array, p: State, call: Call) -> jax.Array:
 def norms(W: jax.Array, p: State) -> jax.Array:
     """c (d_out,): the column norms of W + s A B in float32 or better, a constant for the gradient.
 
-    The norms of W are taken anew at each call: that is one more reading of W, and a stored copy would be
-    wrong where the base is cast, quantised, trained or adapted by a method before this one.
+    The norms of W are taken anew at each call: that is one more reading of W, and a stored copy
+    would be wrong where the base is cast, quantised, trained or adapted by a method before this.
     """
-    W = jax.lax.stop_gradient(W.astype(jnp.promote_types(W.dtype, jnp.float32)))
+    W = jax.lax.stop_gradient(W.astype(_float32_or_better(W.dtype)))
     A, B, s = (jax.lax.stop_gradient(p[name]).astype(W.dtype) for name in ("A", "B", "scale"))
     exact = jax.lax.Precision.HIGHEST
     own = jnp.sum(W * W, axis=0)
@@ -110,7 +111,11 @@ def norms(W: jax.Array, p: State) -> jax.Array:
 
 
 def _times(y: jax.Array, gain: jax.Array) -> jax.Array:
-    """y * gain: a gain rounded to bfloat16 would lose the small steps that m takes."""
-    dtype = jnp.promote_types(y.dtype, gain.dtype)
+    """y * gain, unrounded: in bfloat16 a gain's rounding is an error that all tokens share."""
+    dtype = _float32_or_better(y.dtype)
     gain = gain.astype(dtype).reshape((1,) * (y.ndim - 1) + gain.shape)
     return (y.astype(dtype) * gain).astype(y.dtype)
+
+
+def _float32_or_better(dtype: Any) -> Any:
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
