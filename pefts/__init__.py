@@ -3,6 +3,7 @@
 from pefts.calibrate import calibrate
 from pefts.compose import chain, partition
 from pefts.core import Peft, PeftState, Traits, count, randomize, stack
+from pefts.hf_format import export_hf, import_hf
 from pefts.inject import apply, infer_axes
 from pefts.io import load, save
 from pefts.methods import METHODS
@@ -11,6 +12,7 @@ from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
 from pefts.methods.prompt import prompt
+from pefts.methods.vera import vera
 from pefts.registry import from_config
 
 __version__ = "0.1.0"
@@ -27,9 +29,11 @@ __all__ = [
     "chain",
     "count",
     "dora",
+    "export_hf",
     "from_config",
     "full",
     "head_only",
+    "import_hf",
     "infer_axes",
     "load",
     "lora",
@@ -38,4 +42,5 @@ __all__ = [
     "randomize",
     "save",
     "stack",
+    "vera",
 ]

@@ -56,10 +56,10 @@ def save(path: str | os.PathLike, peft: Peft, state: PeftState, params: Params) 
     """
     config = _plain_config(peft)
     leaves, empty = _flatten({"trainable": state.trainable, "frozen": state.frozen})
-    _check_structure(from_config(config), params, leaves, "state")
+    check_structure(from_config(config), params, leaves, "state")
     bases = fingerprint.targeted(params, state.trainable, state.frozen)
-    arrays = {name: _gather(name, leaf) for name, leaf in leaves.items()}
-    _check_finite(arrays, "state")
+    arrays = {name: gather(name, leaf) for name, leaf in leaves.items()}
+    check_finite(arrays, "state")
     header = {
         "format_version": FORMAT_VERSION,
         "library": _library(),
@@ -101,8 +101,8 @@ def load(
     fingerprint.check(header["base"], params, check_base, str(file))
     _check_listed(header["leaves"], arrays, file)
     restored = {name: _restored(name, arrays[name], header["leaves"][name]) for name in arrays}
-    _check_finite(restored, str(file))
-    _check_structure(peft, params, restored, str(file))
+    check_finite(restored, str(file))
+    check_structure(peft, params, restored, str(file))
     device = {name: _to_device(name, array) for name, array in restored.items()}
     tree = _unflatten(device, header["empty"])
     return peft, PeftState(tree.get("trainable", {}), tree.get("frozen", {}))
@@ -226,7 +226,8 @@ def _unflatten(leaves: Mapping[str, Any], empty: list[str]) -> dict[str, Any]:
     return tree
 
 
-def _gather(name: str, leaf: Any) -> np.ndarray:
+def gather(name: str, leaf: Any) -> np.ndarray:
+    """A leaf on the host, whole, however it is sharded."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise ValueError(f"{name!r} holds random keys: keep jax.random.key_data(key) in a state.")
     whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
@@ -278,7 +279,8 @@ def _check_listed(listed: Mapping[str, Any], arrays: Mapping[str, Any], file: Pa
         )
 
 
-def _check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
+def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
+    """Raise ValueError, naming the leaf, if one holds NaN or Inf."""
     for name, array in arrays.items():
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         if floating and not np.isfinite(array.astype(np.float64)).all():
@@ -288,8 +290,14 @@ def _check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
             )
 
 
-def _check_structure(peft: Peft, params: Params, leaves: Mapping[str, Any], source: str) -> None:
-    """The leaves must be those that `peft.init` makes on these params."""
+def check_state(peft: Peft, state: PeftState, params: Params, source: str) -> None:
+    """Raise ValueError unless the state is one that `peft.init` could make on these params."""
+    leaves, _ = _flatten({"trainable": state.trainable, "frozen": state.frozen})
+    check_structure(peft, params, leaves, source)
+
+
+def check_structure(peft: Peft, params: Params, leaves: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError unless the leaves are those that `peft.init` makes on these params."""
     from_data = {"activations", "gradients"} & set(peft.traits.needs)
     if peft.traits.shapes_from_values or from_data:
         # Such an init cannot run abstractly; the list of leaves and the fingerprint have to do.

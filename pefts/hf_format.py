@@ -1,0 +1,407 @@
+"""Adapters as Hugging Face PEFT's folders: `export_hf` and `import_hf`.
+
+A folder holds adapter_model.safetensors, whose keys are `base_model.model.<torch
+module>.<tensor>`, and adapter_config.json. What a method's tensors are lies in pefts/formats, one
+file per family; this file knows names, stacking, and both files. peft itself passes over keys it
+does not find in its model, so nothing here does: an import consumes every tensor, or fails.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from pefts import io, paths, targets, views
+from pefts.core import SHARED, Params, Peft, PeftState
+from pefts.formats import FORMATS, selection, whole
+from pefts.formats.contract import Files, Format, Imported, Native, Slot
+from pefts.formats.whole import Place
+from pefts.registry import from_config
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX, MODEL = "base_model.", "base_model.model."
+# The oldest peft that reads what is written here as it is meant.
+PEFT_VERSION = "0.18.0"
+# peft stores the whole table of these modules when they are targeted.
+STORED_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+class NameMap(Protocol):
+    """A model's parameter paths and its torch names; models.load returns one."""
+
+    def keys(self, path: str) -> list[str]:
+        """The torch keys of a leaf, one for each layer that it stacks."""
+        ...
+
+    def modules(self, path: str) -> list[str]:
+        """The same without the last part."""
+        ...
+
+    def path(self, key: str) -> tuple[str, int | None, str]:
+        """(leaf's path, index on its stacked axis, "T" where torch keeps the transpose)."""
+        ...
+
+
+def export_hf(
+    folder: str | os.PathLike,
+    peft: Peft,
+    state: PeftState,
+    params: Params,
+    names: NameMap,
+    **info: Any,
+) -> None:
+    """Write an adapter as a folder that peft.PeftModel.from_pretrained opens.
+
+    Args:
+      folder: made if absent; each file is complete or not written.
+      peft: a method of pefts.formats.FORMATS, or a chain or partition of one of them and leaves
+        that are trained outright (full, head_only, bitfit), which become modules_to_save and bias.
+      state: its state.
+      params: the base.
+      names: the model's name map. Its prefix must be that of the torch model the adapter is for:
+        keys of a bare encoder do not fit the same encoder under a classifier.
+      **info: base_model_name_or_path, revision, task_type, auto_mapping, or a field of the format.
+
+    Raises:
+      ValueError: peft cannot represent the method or a leaf of it; an unknown info; NaN or Inf.
+      OSError: the files cannot be written.
+    """
+    config, adapter, trained = _split(peft, state)
+    format = FORMATS[config["method"]]
+    unknown = sorted(set(info) - {*selection.ABOUT, *format.fields, *format.ignored})
+    if unknown:
+        raise ValueError(
+            f"export_hf has no field {unknown[0]!r} for {format.peft_type}; it takes "
+            f"{sorted({*selection.ABOUT, *format.fields, *format.ignored})}."
+        )
+    model = _Model.of(params, names)
+    axes = _axes(config.get("axes"))
+    slices, shared = _slices(adapter, model, axes)
+    files = format.to_hf(Native(config, slices, shared, model.weight))
+    plain, fields = whole.export(trained, model.flat, model.places, files.modules)
+    plain.update(_tables(files, model))
+    tensors = {f"{MODEL}{m}.{n}": v for m, held in files.modules.items() for n, v in held.items()}
+    tensors |= {f"{PREFIX}{name}": value for name, value in files.shared.items()}
+    tensors |= {f"{MODEL}{key}": value for key, value in plain.items()}
+    dense = {key: np.array(value, np.float32, order="C") for key, value in tensors.items()}
+    io.check_finite(dense, "the adapter")
+    written = {
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "peft_version": PEFT_VERSION,
+        "revision": None,
+        "task_type": None,
+        **files.fields,
+        **fields,
+        **info,
+        "peft_type": format.peft_type,
+        "target_modules": selection.targets_for(files.modules, model.adaptable),
+    }
+    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+    save = functools.partial(safetensors.numpy.save_file, dense, metadata={"format": "pt"})
+    io.write(Path(folder) / WEIGHTS, save)
+    io.write(Path(folder) / CONFIG, lambda file: Path(file).write_text(text, encoding="utf-8"))
+
+
+def import_hf(
+    folder: str | os.PathLike,
+    params: Params,
+    names: NameMap,
+    *,
+    axes: Mapping[str, str] | None = None,
+) -> tuple[Peft, PeftState]:
+    """Read a folder that Hugging Face PEFT, or `export_hf`, wrote.
+
+    Args:
+      folder: holds adapter_model.safetensors and adapter_config.json.
+      params: the base.
+      names: the model's name map.
+      axes: as for every method (see pefts.infer_axes), for kernels with head axes.
+
+    Returns:
+      (peft, state): the method alone, or pefts.chain(full, method) where the folder holds
+      modules_to_save or biases. Layers of a stacked leaf without tensors of their own get the
+      identity.
+
+    Raises:
+      ValueError: an unsupported peft_type or feature (named), a tensor that is missing, left over,
+        of another shape or not finite, a damaged file.
+    """
+    folder = Path(folder)
+    raw = _read_config(folder)
+    by_type = {format.peft_type: format for format in FORMATS.values()}
+    if raw.get("peft_type") not in by_type:
+        raise ValueError(
+            f"{folder / CONFIG}: peft_type={raw.get('peft_type')!r} cannot be imported; supported "
+            f"are {sorted(by_type)}."
+        )
+    format = by_type[raw["peft_type"]]
+    config = selection.checked(raw, format, str(folder / CONFIG))
+    model = _Model.of(params, names)
+    modules, shared, plain = _sorted_tensors(_read_tensors(folder), format, model)
+    _check_modules(config, modules, model)
+    trained = whole.read(plain, config, model.flat, model.places, modules)
+    slots = _slots_of(modules, model, _axes(axes))
+    imported = format.from_hf(Files(config, modules, shared), slots, model.weight)
+    peft, state = _native(imported, slots, axes)
+    if trained:
+        listed = "^(" + "|".join(re.escape(path) for path in sorted(trained)) + ")$"
+        values = {path: {"value": jnp.asarray(value)} for path, value in trained.items()}
+        outright = from_config({"method": "full", "targets": listed})
+        peft = from_config({"method": "chain", "members": [outright.config, peft.config]})
+        state = PeftState(
+            {"0": values, "1": state.trainable},
+            {"0": {}, "1": state.frozen},
+        )
+    io.check_state(peft, state, params, str(folder))
+    return peft, state
+
+
+class _Model(NamedTuple):
+    """The base, seen by torch's names."""
+
+    flat: Mapping[str, Any]
+    places: Mapping[str, Place]  # by key
+    names: NameMap
+
+    @classmethod
+    def of(cls, params: Params, names: NameMap) -> "_Model":
+        flat = paths.flatten(params)
+        places = {key: Place(key, *names.path(key)) for path in flat for key in names.keys(path)}
+        return cls(flat, places, names)
+
+    @property
+    def adaptable(self) -> dict[str, Place]:
+        """The kernels and tables by torch module."""
+        leaves = ("kernel", "embedding")
+        return {p.module: p for p in self.places.values() if p.path.endswith(leaves)}
+
+    def slots(self, path: str, axes: Any) -> list[Slot]:
+        """The slices of a leaf in the order of its stacked axis."""
+        if path not in self.flat:
+            raise ValueError(f"the state adapts {path!r}, which params do not have.")
+        keys, shape = self.names.keys(path), tuple(self.flat[path].shape)
+        letters = axes(path, shape, self.places[keys[0]].layer is not None)
+        stack = views.stacked(letters)
+        if stack > 1 or len(keys) != (shape[0] if stack else 1):
+            raise ValueError(
+                f"{path!r} of shape {shape} and axes {letters!r} stacks other slices than its "
+                f"{len(keys)} torch modules, for instance {keys[0]!r}; peft adapts one module at a "
+                "time."
+            )
+        return [
+            Slot(
+                self.places[key].module,
+                path,
+                self.places[key].layer if stack else None,
+                letters[stack:],
+                shape[stack:],
+                self.places[key].op == "T",
+            )
+            for key in keys
+        ]
+
+    def weight(self, slot: Slot) -> np.ndarray:
+        leaf = self.flat[slot.path]
+        matrix = views.to_matrix(leaf if slot.layer is None else leaf[slot.layer], slot.axes)
+        return np.asarray(matrix, np.float32)
+
+
+def _axes(table: Mapping[str, str] | None) -> Any:
+    """(path, shape, is stacked) -> letters: from the table, else a plain kernel, stacked or not."""
+    chosen = targets.selection(axes=table)
+
+    def letters(path: str, shape: tuple[int, ...], stacked: bool) -> str:
+        inner = len(shape) - stacked
+        if targets.first(chosen.axes, path, None) is not None or inner not in (2, 4):
+            return chosen.axes_of(path, shape)
+        return "l" * stacked + "k" * (inner - 2) + "io"
+
+    return letters
+
+
+def _members(config: Mapping[str, Any], state: PeftState) -> Iterator[tuple[Any, PeftState]]:
+    members = config.get("members")
+    if members is None:
+        yield config, state
+        return
+    for label in members if isinstance(members, Mapping) else range(len(members)):
+        inner = PeftState(state.trainable[str(label)], state.frozen[str(label)])
+        yield from _members(members[label], inner)
+
+
+def _split(peft: Peft, state: PeftState) -> tuple[Mapping[str, Any], PeftState, dict[str, Any]]:
+    """(config and state of the one adapter, {path: value} of the leaves trained outright)."""
+    adapters, trained = [], {}
+    for config, part in _members(peft.config, state):
+        if config["method"] not in whole.METHODS:
+            adapters.append((config, part))
+            continue
+        for path, group in part.trainable.items():
+            trained[path] = io.gather(path, group["value"])
+    found = [config["method"] for config, _ in adapters]
+    unknown = [name for name in found if name not in FORMATS]
+    if unknown:
+        raise ValueError(
+            f"Hugging Face PEFT has no format for {unknown[0]!r}; exported are {sorted(FORMATS)}. "
+            "Use pefts.save for the adapter, or peft.merge and save the model."
+        )
+    if len(found) != 1:
+        raise ValueError(
+            f"a folder holds exactly one adapter and this method has {len(found)} ({found}): "
+            "export each by itself, or merge."
+        )
+    return *adapters[0], trained
+
+
+def _slices(
+    state: PeftState, model: _Model, axes: Any
+) -> tuple[dict[Slot, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for tree in (state.frozen, state.trainable):
+        for path, group in tree.items():
+            arrays = {name: io.gather(f"{path}:{name}", leaf) for name, leaf in group.items()}
+            groups.setdefault(path, {}).update(arrays)
+    shared, slices = groups.pop(SHARED, {}), {}
+    for path, group in groups.items():
+        for slot in model.slots(path, axes):
+            slices[slot] = {n: a if slot.layer is None else a[slot.layer] for n, a in group.items()}
+    return slices, shared
+
+
+def _tables(files: Files, model: _Model) -> dict[str, np.ndarray]:
+    """The base's table of adapted input and output embeddings, as peft stores it."""
+    chosen = [name for name in files.modules if name.split(".")[-1] in STORED_EMBEDDINGS]
+    places = {name: model.adaptable[name] for name in chosen}
+    return {f"{n}.{whole.INNER}weight": p.read(model.flat[p.path]) for n, p in places.items()}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); give a folder that peft's save_pretrained wrote."
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no JSON object.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    file = folder / WEIGHTS
+    if not file.is_file() and file.with_suffix(".bin").is_file():
+        raise ValueError(
+            f"{folder} holds adapter_model.bin, a pickle, which can run code and is not read: load "
+            "it with peft and save it again, with safe_serialization=True."
+        )
+    _, tensors = io.open_tensors(file)
+    for key, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"{file}: {key!r} is {tensor.dtype.name}, and no float.")
+    single = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
+    io.check_finite(single, str(file))
+    return single
+
+
+def _sorted_tensors(
+    tensors: Mapping[str, np.ndarray], format: Format, model: _Model
+) -> tuple[dict[str, dict], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """({module: {rest: tensor}}, shared, plain) by the keys' form; no key is passed over."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    shared, plain, adaptable = {}, {}, model.adaptable
+    for key, tensor in tensors.items():
+        if key.removeprefix(PREFIX) in format.shared:
+            shared[key.removeprefix(PREFIX)] = tensor
+            continue
+        name = key.removeprefix(MODEL)
+        if name == key:
+            raise ValueError(
+                f"the key {key!r} lacks the prefix {MODEL!r} that peft's adapters have: the file "
+                "was written by another tool; rename its keys."
+            )
+        rest = next((s for s in format.suffixes if name.endswith(f".{s}")), None)
+        module = name.removesuffix(f".{rest}")
+        if rest is not None and module in adaptable:
+            modules.setdefault(module, {})[rest] = tensor
+        elif rest is None and name.replace(f".{whole.INNER}", ".") in model.places:
+            plain[name] = tensor
+        else:
+            raise ValueError(_stray(name if rest is None else module, key, model))
+    return modules, shared, plain
+
+
+def _stray(name: str, key: str, model: _Model) -> str:
+    known = model.places if name not in model.adaptable else model.adaptable
+    shown = sorted(known)[:3]
+    return (
+        f"the adapter's tensor {key!r} belongs to {name!r}, which is no module or tensor of this "
+        f"model (whose names are like {shown}). Is it an adapter for another base, or one whose "
+        "torch model has a head where this one has none? dataclasses.replace(names, prefix=...) "
+        "renames, models.load(..., num_labels=...) adds a head."
+    )
+
+
+def _check_modules(config: Mapping[str, Any], modules: Mapping[str, Any], model: _Model) -> None:
+    if not modules:
+        raise ValueError("the folder holds no adapter tensor at all: nothing would be adapted.")
+    selected = selection.selected(config, model.adaptable)
+    if selected is None:
+        return
+    missing, extra = sorted(selected - set(modules)), sorted(set(modules) - selected)
+    if missing or extra:
+        raise ValueError(
+            f"target_modules={config['target_modules']!r} and the tensors disagree: selected "
+            f"without tensors {missing[:5]} ({len(missing)}), tensors without being selected "
+            f"{extra[:5]} ({len(extra)}). The file is incomplete, or for another model."
+        )
+
+
+def _slots_of(modules: Mapping[str, Any], model: _Model, axes: Any) -> list[Slot]:
+    adaptable = model.adaptable
+    touched = sorted({adaptable[name].path for name in modules})
+    return [slot for path in touched for slot in model.slots(path, axes)]
+
+
+def _native(
+    imported: Imported, slots: list[Slot], axes: Mapping[str, str] | None
+) -> tuple[Peft, PeftState]:
+    by_path: dict[str, list[Slot]] = {}
+    for slot in slots:
+        by_path.setdefault(slot.path, []).append(slot)
+    listed = "^(" + "|".join(re.escape(path) for path in by_path) + ")$"
+    letters = {
+        f"^{re.escape(path)}$": "l" * (own[0].layer is not None) + own[0].axes
+        for path, own in by_path.items()
+    }
+    config = {**imported.config, "targets": listed, "axes": dict(axes or letters)}
+
+    return from_config(config), PeftState(
+        _tree(by_path, imported.trainable, imported.shared_trainable),
+        _tree(by_path, imported.frozen, imported.shared_frozen),
+    )
+
+
+def _tree(
+    by_path: Mapping[str, list[Slot]], slices: Mapping[Slot, Any], shared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """{path: {name: array}} with the slices stacked again, and the shared arrays."""
+    groups = {}
+    for path, own in by_path.items() if slices else ():
+        rows = [slices[slot] for slot in own]
+        groups[path] = {
+            name: jnp.asarray(
+                rows[0][name] if own[0].layer is None else np.stack([r[name] for r in rows])
+            )
+            for name in rows[0]
+        }
+    groups[SHARED] = {name: jnp.asarray(value) for name, value in shared.items()}
+    return {path: group for path, group in groups.items() if group}

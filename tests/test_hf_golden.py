@@ -1,0 +1,87 @@
+"""Adapters that Hugging Face PEFT wrote for a tiny Llama: imported, computed, and written back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import llama_oracle
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import pefts
+
+GOLDEN = Path(__file__).parents[1] / "../shared/golden/peft"
+ADAPTERS = ("lora", "rslora", "dora", "lora_embed", "lora_patterns", "vera", "adalora")
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="the golden adapters (../shared/golden/peft) are not here"
+)
+
+
+def load(scanned: bool) -> tuple[Any, Any, Any, np.ndarray]:
+    params, names, config = llama_oracle.load(GOLDEN / "base", scanned)
+    return params, names, config, np.load(GOLDEN / "ids.npy")
+
+
+def adapter(name: str) -> Path:
+    kind = json.loads((GOLDEN / name / "adapter_config.json").read_text())["peft_type"]
+    if kind not in {format.peft_type for format in pefts.formats.FORMATS.values()}:
+        pytest.skip(f"no format for {kind}")
+    return GOLDEN / name
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_the_oracle_is_a_llama(scanned: bool) -> None:
+    params, _, config, ids = load(scanned)
+    logits = llama_oracle.forward(params, config, ids)
+    np.testing.assert_allclose(logits, np.load(GOLDEN / "base_logits.npy"), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_imported_adapter_computes_what_peft_computes(name: str, scanned: bool) -> None:
+    params, names, config, ids = load(scanned)
+    peft, state = pefts.import_hf(adapter(name), params, names)
+    logits = llama_oracle.forward(peft.merge(params, state), config, ids)
+    expected = np.load(GOLDEN / name / "logits.npy")
+    assert np.abs(expected - np.load(GOLDEN / "base_logits.npy")).max() > 1e-3
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_is_written_back_as_it_was(name: str, scanned: bool, tmp_path: Path) -> None:
+    params, names, _, _ = load(scanned)
+    pefts.export_hf(tmp_path, *pefts.import_hf(adapter(name), params, names), params, names)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    original = load_file(GOLDEN / name / "adapter_model.safetensors")
+    assert set(written) == set(original)
+    for key, value in original.items():
+        np.testing.assert_array_equal(written[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_config_says_the_same(name: str, tmp_path: Path) -> None:
+    """Every field written agrees with peft's own file, or names the modules one by one."""
+    params, names, _, _ = load(True)
+    pefts.export_hf(tmp_path, *pefts.import_hf(adapter(name), params, names), params, names)
+    text = (tmp_path / "adapter_config.json").read_text()
+    written = json.loads(text)
+    original = json.loads((GOLDEN / name / "adapter_config.json").read_text())
+    assert text == json.dumps(written, indent=2, sort_keys=True) + "\n"
+    spelled_out = {"target_modules", "rank_pattern", "alpha_pattern", "peft_version"}
+    about = {"base_model_name_or_path"}
+    for field, value in written.items():
+        if field not in spelled_out | about:
+            assert value == original[field], field
+    assert all("." in module for module in written["target_modules"])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_imported_adapter_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    params, names, config, ids = load(True)
+    peft, state = pefts.import_hf(adapter(name), params, names)
+    pefts.save(tmp_path / "a.safetensors", peft, state, params)
+    loaded, restored = pefts.load(tmp_path / "a.safetensors", params)
+    logits = llama_oracle.forward(loaded.merge(params, restored), config, ids)
+    np.testing.assert_allclose(logits, np.load(GOLDEN / name / "logits.npy"), rtol=0, atol=2e-5)
