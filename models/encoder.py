@@ -24,7 +24,7 @@ POOLINGS = ("cls", "mean", "pooler")
 
 def pool(x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """Mean over unmasked tokens in float32, (B, T, D) -> (B, D); zero for a row without tokens."""
-    weight_BxTx1 = (mask_BxT != 0).astype(jnp.float32)[:, :, None]
+    weight_BxTx1 = mask_BxT.astype(bool).astype(jnp.float32)[:, :, None]
     total_BxD = jnp.sum(x_BxTxD.astype(jnp.float32) * weight_BxTx1, axis=1)
     return total_BxD / jnp.maximum(jnp.sum(weight_BxTx1, axis=1), 1.0)
 
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         _check_shapes(self.config, tokens, mask, token_types)
         types = jnp.zeros_like(tokens) if token_types is None else token_types
         x_BxTxD = self.embeddings(tokens, types, deterministic)
-        x_BxTxD = self.encoder(x_BxTxD, (mask != 0)[:, None, None, :], deterministic)
+        x_BxTxD = self.encoder(x_BxTxD, mask.astype(bool)[:, None, None, :], deterministic)
         if self.is_initializing() and self.pooling == "pooler":
             self.pooler(x_BxTxD)  # its parameters exist whichever method initialises the model
         return x_BxTxD

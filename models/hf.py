@@ -249,7 +249,7 @@ def _files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index: no weight_map of file names") from error
     files = [index.parent / name for name in listed]
     absent = [file.name for file in files if file.parent != index.parent or not file.is_file()]
@@ -288,10 +288,13 @@ def _plan(
 ) -> dict[str, list[str]]:
     """path -> keys to read; refuses the checkpoint with every disagreement listed."""
     wanted, problems, claimed = {}, [], set()
+    # A root is fresh as a whole: half a classifier in the file is a damaged one.
+    held = {path.split("/")[0] for path in flat if tensors.keys() & set(names.keys(path))}
+    fresh = set(names.fresh) - held
     for path, leaf in flat.items():
         keys = names.keys(path)
         claimed.update(keys)
-        if path.split("/")[0] in names.fresh and not tensors.keys() & set(keys):
+        if path.split("/")[0] in fresh:
             continue
         wanted[path] = keys
         shape = tuple(leaf.shape[1:] if _is_stacked(path) else leaf.shape)

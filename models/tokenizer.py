@@ -17,6 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 # Names of the padding token, tried in order, where no file says which it is.
 PAD_TOKENS = ("[PAD]", "<pad>")
+# Special tokens of a BERT word list; the last is in most of them.
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class Encoded(NamedTuple):
@@ -149,12 +151,12 @@ def _wordpiece(folder: Path) -> tokenizers.Tokenizer:
         raise ValueError(f"{folder} has neither tokenizer.json nor vocab.txt; one is needed")
     lines = file.read_text(encoding="utf-8").splitlines()
     vocabulary = {token: i for i, token in enumerate(lines)}
-    absent = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in vocabulary]
+    absent = [token for token in SPECIAL[:4] if token not in vocabulary]
     if absent:
         raise ValueError(f"{file} lacks {', '.join(absent)}; it is not a BERT word list")
     settings = _read_json(folder / "tokenizer_config.json")
     raw = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    raw.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    raw.add_special_tokens([token for token in SPECIAL if token in vocabulary])
     raw.normalizer = normalizers.BertNormalizer(
         lowercase=settings.get("do_lower_case", True),
         strip_accents=settings.get("strip_accents"),
