@@ -133,4 +133,24 @@ CASES: tuple[Case, ...] = (
             BadInput({"targets": "query"}, "'layers/attention/query/kernel' .* is none"),
         ),
     ),
+    Case(
+        "vera",
+        {"rank": 30},
+        count=lambda sites: sum(slices(s) * (30 + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: (
+            W
+            + shared["A"][: W.shape[0]]
+            @ np.diag(p["lambda_d"])
+            @ shared["B"][:, : W.shape[1]]
+            @ np.diag(p["lambda_b"])
+        ),
+        zero_grad_at_start=("lambda_d",),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"d_initial": 0.0}, "d_initial=0.0"),
+            BadInput({"dropout": 1.0}, "dropout=1.0"),
+            BadInput({"seed": -1}, "seed=-1"),
+            BadInput({"rank_pattern": {"query": 2}}, "rank_pattern=.*share one pair"),
+        ),
+    ),
 )

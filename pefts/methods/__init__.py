@@ -5,6 +5,7 @@ from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
 from pefts.methods.prompt import prompt
+from pefts.methods.vera import vera
 
 METHODS = {
     "bitfit": bitfit,
@@ -14,4 +15,5 @@ METHODS = {
     "head_only": head_only,
     "lora": lora,
     "prompt": prompt,
+    "vera": vera,
 }

@@ -3,10 +3,10 @@
     y = x W + lambda_b * ((lambda_d * (drop(x) A)) B)      A (d_in, r), B (r, d_out)
 
 A and B are slices from the origin of one A (max d_in, r), uniform on +-sqrt(6 / max d_in), and one
-B (r, max d_out), uniform on +-sqrt(6 / r). They come from `seed`, not from the key given to init, and
-lie once in the state, under "shared". lambda_d (r,) starts at 0.1 and lambda_b (d_out,) at zero, so
-the model is unchanged at step 0. Trainable: r + d_out per kernel; it wants a learning rate some ten
-times LoRA's.
+B (r, max d_out), uniform on +-sqrt(6 / r). They come from `seed`, not from the key given to init,
+and lie once in the state, under "shared". lambda_d (r,) starts at 0.1 and lambda_b (d_out,) at
+zero, so the model is unchanged at step 0. Trainable: r + d_out per kernel; it wants a learning rate
+some ten times LoRA's.
 """
 
 import math
@@ -30,7 +30,9 @@ def vera(
     seed: int = 0,
     **select: Unpack[Select],
 ) -> Declaration:
-    """Vector-based random adaptation: y = x W + lambda_b * ((lambda_d * (x A)) B), A (d_in, r), B (r, d_out).
+    """Vector-based random matrix adaptation: y = x W + lambda_b * ((lambda_d * (x A)) B).
+
+    A (d_in, r) and B (r, d_out) are frozen and shared; lambda_d (r,) and lambda_b (d_out,) train.
 
     Args:
       rank: r, any positive integer, one for all kernels; it may exceed a kernel's sides (the paper:
@@ -45,8 +47,8 @@ def vera(
       A Peft; merging is exact, W + A diag(lambda_d) B diag(lambda_b).
 
     Raises:
-      ValueError: rank not positive, d_initial zero or not finite, dropout outside [0, 1), a negative
-        seed, a rank_pattern or alpha_pattern, or no kernel matches.
+      ValueError: rank not positive, d_initial zero or not finite, dropout outside [0, 1), a
+        negative seed, a rank_pattern or alpha_pattern, or no kernel matches.
 
     Example:
       >>> import jax, pefts
@@ -113,14 +115,14 @@ def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
 def _check(d_initial: float, seed: int, select: Select) -> None:
     if not math.isfinite(d_initial) or d_initial == 0:
         raise ValueError(
-            f"d_initial={d_initial!r}: lambda_b starts at zero, so lambda_d must not; give a finite "
-            "number other than zero, such as 0.1."
+            f"d_initial={d_initial!r}: lambda_b starts at zero, so lambda_d must not; give a "
+            "finite number other than zero, such as 0.1."
         )
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed={seed!r}: give a non-negative integer, such as 0.")
     for argument in ("rank_pattern", "alpha_pattern"):
         if select.get(argument):
             raise ValueError(
-                f"{argument}={select[argument]!r}: vera's kernels share one pair of one rank, without "
-                "alpha; combine two by pefts.partition instead."
+                f"{argument}={select[argument]!r}: vera's kernels share one pair of one rank, "
+                "without alpha; combine two by pefts.partition instead."
             )
