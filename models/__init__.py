@@ -185,7 +185,7 @@ def _fill(params: Any, init: Callable[[], Any]) -> Any:
     if not fresh:
         return params
 
-    def select() -> dict[tuple[str, ...], jax.Array]:
+    def select() -> dict[tuple[str, ...], Any]:
         values = traverse_util.flatten_dict(init())
         return {path: values[path] for path in fresh}
 

@@ -5,8 +5,6 @@ parameters, so adapters can intercept both. Shape legend: B batch, T tokens, D h
 H head size, F intermediate size.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,11 +12,13 @@ import jax.numpy as jnp
 from models.config import ACTIVATIONS, REMAT, EncoderConfig
 
 
-def dense(config: EncoderConfig, features: int, name: str | None = None, **kw: Any) -> nn.Dense:
-    """nn.Dense in the dtypes and with the initialiser of the configuration."""
+def dense(
+    config: EncoderConfig, features: int, name: str | None = None, dtype: str | None = None
+) -> nn.Dense:
+    """nn.Dense with the initialiser of the configuration, and its dtypes unless one is given."""
     return nn.Dense(
         features,
-        **({"dtype": config.dtype} | kw),
+        dtype=dtype or config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=nn.initializers.normal(config.initializer_range),
         name=name,
@@ -175,7 +175,7 @@ class Layers(nn.Module):
             layer,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
         )
         return scanned(config, deterministic, name="layers")(x_BxTxD, mask_Bx1x1xT)[0]
