@@ -7,6 +7,7 @@ is excluded by a method's name.
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ import pytest
 import tiny
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from subject import Subject, base_forward, base_pullback, forward, model_axes, row_id
+from subject import (
+    Subject,
+    base_bfloat16,
+    base_forward,
+    base_pullback,
+    forward,
+    model_axes,
+    random_logits,
+    row_id,
+)
 
 import pefts
 from pefts import core, paths, views
@@ -98,10 +108,10 @@ def factored_equals_merged(subject: Subject) -> None:
 
 
 def gradients_flow(subject: Subject) -> None:
-    """Away from step 0 every trainable leaf has a gradient, the one that differentiating merge gives."""
+    """From a random state every trainable leaf has a gradient, and merge's is the same."""
     with jax.enable_x64(True):
         params, state = double(subject.params), double(subject.moved)
-        cotangent = jax.random.normal(jax.random.key(4), (tiny.BATCH, tiny.CLASSES), jnp.float64)
+        cotangent = double(random_logits())
 
         def pullback(trainable: Any) -> tuple[jax.Array, Any]:
             run = lambda t: forward(subject, params, state._replace(trainable=t))  # noqa: E731
@@ -112,18 +122,25 @@ def gradients_flow(subject: Subject) -> None:
         _nonzero(grads, 1e-12)
         if not subject.peft.traits.mergeable:
             return
-        dense, pull = jax.vjp(
-            lambda t: subject.peft.merge(params, state._replace(trainable=t)), state.trainable
-        )
+
+        def merge(trainable: Any) -> Any:
+            return subject.peft.merge(params, state._replace(trainable=trainable))
+
+        dense = jax.jit(merge)(state.trainable)
         expected, dense_grads = base_pullback()(dense, cotangent, *subject.inputs)
         close(out, expected, FLOAT64, "factored against merged outputs in float64")
-        close(grads, pull(dense_grads)[0], 1e-8, "factored against merged gradients in float64")
+        through = jax.jit(lambda t, g: jax.vjp(merge, t)[1](g)[0])(state.trainable, dense_grads)
+        close(grads, through, 1e-8, "factored against merged gradients in float64")
+
+
+def _largest(tree: Any) -> float:
+    return max(float(np.abs(np.asarray(leaf)).max()) for leaf in jax.tree.leaves(tree))
 
 
 def _nonzero(grads: Any, floor: float) -> None:
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+    largest = _largest(grads)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        assert float(jnp.abs(leaf).max()) > floor * largest, (
+        assert _largest(leaf) > floor * largest, (
             f"no gradient reaches {jax.tree_util.keystr(path)} from a random state"
         )
 
@@ -134,16 +151,18 @@ def matches_oracle(subject: Subject) -> None:
     assert any((case.oracle, case.output_oracle, case.linear_oracle)), "the row has no oracle"
     with jax.enable_x64(True):
         params, state = double(subject.params), double(subject.moved)
-        merged = paths.flatten(subject.peft.merge(params, state)) if case.oracle else {}
-        flat = paths.flatten(params)
+        merged = jax.jit(subject.peft.merge)(params, state) if case.oracle else params
+        flat, merged = paths.flatten(params), paths.flatten(merged)
         for site in subject.sites:
+            matrix, dense = (
+                np.asarray(views.to_matrix(tree[site.path], site.axes)) for tree in (flat, merged)
+            )
             for index in np.ndindex(site.stack):
                 p, shared = _arrays(state, site.path, index), _arrays(state, core.SHARED, ())
-                W = np.asarray(views.to_matrix(flat[site.path], site.axes)[index])
+                W = matrix[index]
                 if case.oracle is not None:
-                    dense = views.to_matrix(merged[site.path], site.axes)[index]
                     expected = case.oracle(W, p, shared)
-                    close(dense, expected, FLOAT64, f"merge at {site.path}{list(index)}")
+                    close(dense[index], expected, FLOAT64, f"merge at {site.path}{list(index)}")
                 _check_products(subject, site, W, p, shared)
 
 
@@ -221,10 +240,10 @@ def gradient_reaches_leaves(subject: Subject) -> None:
     """At step 0 the leaves without a gradient are those the row declares, and no others."""
     grads = subject.trained.history[0][3]
     assert shapes(grads) == shapes(subject.state.trainable), "gradients of another structure"
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+    largest = _largest(grads)
     assert largest > 0, "no leaf has a gradient"
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        is_zero = float(jnp.abs(leaf).max()) <= 1e-7 * largest
+        is_zero = _largest(leaf) <= 1e-7 * largest
         declared = leaf_name(path) in subject.case.zero_grad_at_start
         assert is_zero == declared, (
             f"the gradient of {jax.tree_util.keystr(path)} at step 0 is "
@@ -243,7 +262,7 @@ def carries_through_scan(subject: Subject) -> None:
 
     steps, traces = jnp.arange(2, dtype=jnp.int32), subject.trained.traces
     carry = jax.eval_shape(lambda c: jax.lax.scan(body, c, steps)[0], subject.trained.start())
-    object.__setattr__(subject.trained, "traces", traces)
+    subject.trained.traces = traces
     assert shapes(carry) == shapes(subject.trained.start())
 
 
@@ -264,16 +283,15 @@ def counts_its_parameters(subject: Subject) -> None:
 
 def keeps_bfloat16(subject: Subject) -> None:
     """A bfloat16 base stays so through merge and forward; the state stays float32."""
-    params = tiny.cast(subject.params, jnp.bfloat16)
-    state = subject.peft.init(jax.random.key(1), params, subject.stats)
+    params, moved = base_bfloat16(), subject.moved
     if not subject.peft.traits.shapes_from_values:
-        assert shapes(state) == shapes(subject.state), "a bfloat16 base changes the state's dtypes"
-    moved = pefts.randomize(jax.random.key(2), state)
+        state = jax.eval_shape(subject.peft.init, jax.random.key(1), params, subject.stats)
+        assert shapes(state) == shapes(moved), "a bfloat16 base changes the state"
     out = jax.jit(lambda s: forward(subject, params, s))(moved)
     base = jax.eval_shape(base_forward(), params, *subject.inputs)
     assert out.dtype == base.dtype, f"outputs are {out.dtype}, the base model's {base.dtype}"
     if subject.peft.traits.mergeable:
-        dense = subject.peft.merge(params, moved)
+        dense = jax.jit(subject.peft.merge)(params, moved)
         assert shapes(dense) == shapes(params), "merge changed a shape, a dtype or the structure"
         expected = base_forward()(dense, *subject.inputs)
         close(out, expected, BFLOAT16, "factored against merged outputs in bfloat16")
@@ -281,12 +299,20 @@ def keeps_bfloat16(subject: Subject) -> None:
 
 def scanned_equals_unrolled(subject: Subject) -> None:
     """One state, as scanned layers and sliced into unrolled ones, gives the same outputs."""
-    peft, params = subject.build(model_axes(False)), tiny.unroll(subject.params)
-    state = pefts.PeftState(*(_sliced(group) for group in subject.moved))
-    if subject.peft.traits.needs == () and not subject.peft.traits.shapes_from_values:
-        own = jax.eval_shape(lambda: peft.init(jax.random.key(1), params))
+    peft = subject.build(model_axes(False))
+
+    def unrolled(params: Any, state: Any) -> tuple[Any, Any]:
+        return tiny.unroll(params), pefts.PeftState(*(_sliced(group) for group in state))
+
+    def run(base: Any, stacked: Any) -> jax.Array:
+        params, state = unrolled(base, stacked)
+        return forward(subject, params, state, peft=peft, scanned=False)
+
+    if subject.stats is None and not subject.peft.traits.shapes_from_values:
+        params, state = jax.eval_shape(unrolled, subject.params, subject.moved)
+        own = jax.eval_shape(peft.init, jax.random.key(1), params)
         assert shapes(own) == shapes(state), "init on unrolled layers has other shapes"
-    out = jax.jit(lambda s: forward(subject, params, s, peft=peft, scanned=False))(state)
+    out = jax.jit(run)(subject.params, subject.moved)
     close(out, subject.forward(subject.moved), FLOAT32, "unrolled against scanned outputs")
 
 
@@ -304,16 +330,21 @@ def _sliced(groups: Mapping[str, Any]) -> dict[str, Any]:
 
 def maps_over_states(subject: Subject) -> None:
     """jax.vmap over two states is two runs."""
-    states = [subject.moved, pefts.randomize(jax.random.key(8), subject.state)]
-    together = jax.jit(jax.vmap(subject.forward))(pefts.stack(states))
+    states = [subject.moved, jax.jit(pefts.randomize)(jax.random.key(8), subject.state)]
+    together = jax.jit(lambda many: jax.vmap(subject.forward)(pefts.stack(many)))(states)
     for index, state in enumerate(states):
-        close(together[index], subject.forward(state), FLOAT32, f"outputs of state {index}")
+        close(
+            np.asarray(together)[index],
+            subject.forward(state),
+            FLOAT32,
+            f"outputs of state {index}",
+        )
 
 
 def shards(subject: Subject) -> None:
-    """Eight devices, the batch over all of them and kernels cut along d_in, give one device's step."""
+    """Eight devices, the batch over all and kernels cut along d_in, do one device's step."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "fsdp"))
-    axes = {path: letters for path, letters in model_axes(True).items()}
+    axes = model_axes(True)
 
     def kernel_spec(path: str, leaf: jax.Array) -> P:
         letters = next((v for pattern, v in axes.items() if re.search(pattern, path)), "")
@@ -335,11 +366,11 @@ def shards(subject: Subject) -> None:
     subject.trained.traces = traces
     _, _, expected, expected_grads = subject.trained.history[0]
     close(loss, expected, FLOAT32, "loss on eight devices")
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected_grads))
+    largest = _largest(expected_grads)
     for path, one, many in _leaves(expected_grads, grads):
         error = np.abs(one - many).max()
         assert error <= FLOAT32 * largest, (
-            f"eight devices: gradient of {jax.tree_util.keystr(path)} is off by {error / largest:.2e}"
+            f"eight devices: gradient of {jax.tree_util.keystr(path)} off by {error / largest:.1e}"
         )
 
 
@@ -357,8 +388,17 @@ def rebuilds_from_config(subject: Subject) -> None:
     """The config survives JSON and makes the same state."""
     peft = pefts.from_config(json.loads(json.dumps(subject.peft.config)))
     assert peft.config == json.loads(json.dumps(subject.peft.config))
-    again = peft.init(jax.random.key(1), subject.params, subject.stats)
-    same(again, subject.state, "state of the rebuilt method")
+    same(subject.started(peft), subject.state, "state of the rebuilt method")
+
+
+def saves_and_loads(subject: Subject) -> None:
+    """A file gives back the method and every bit of the state."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "adapter.safetensors")
+        pefts.save(file, subject.peft, subject.moved, subject.params)
+        peft, state = pefts.load(file, subject.params)
+    assert peft.config == json.loads(json.dumps(subject.peft.config)), "the config changed"
+    same(state, subject.moved, "loaded state")
 
 
 def documents_itself(subject: Subject) -> None:
@@ -379,13 +419,12 @@ def keeps_its_structure(subject: Subject) -> None:
     if os.environ.get("PEFTS_REGENERATE") == "1":
         GOLDEN.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    assert file.exists(), (
-        f"tests/golden/structures/{file.name} is missing: run with PEFTS_REGENERATE=1, or add\n{text}"
-    )
+    where = f"tests/golden/structures/{file.name}"
+    assert file.exists(), f"{where} is missing: run with PEFTS_REGENERATE=1, or add it as\n{text}"
     assert json.loads(file.read_text()) == found, (
-        f"the state of {subject.case.method} differs from tests/golden/structures/{file.name}. Files "
-        "that users saved have the old structure: undo the change, or, if it is meant, regenerate with "
-        f"PEFTS_REGENERATE=1 and commit\n{text}"
+        f"the state of {subject.case.method} differs from {where}. Adapters that users saved have "
+        "the old structure: undo the change or, if it is meant, run with PEFTS_REGENERATE=1 and "
+        f"commit\n{text}"
     )
 
 
@@ -413,6 +452,7 @@ PROPERTIES: tuple[Property, ...] = (
     shards,
     rejects_bad_inputs,
     rebuilds_from_config,
+    saves_and_loads,
     documents_itself,
     keeps_its_structure,
 )

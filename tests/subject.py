@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tiny
 from cases import CASES, Case
@@ -19,10 +20,24 @@ from pefts.targets import Site
 Axes = Mapping[str, str]
 
 
+base_params = functools.cache(tiny.parameters)
+base_inputs = functools.cache(tiny.inputs)
+
+
+@functools.cache
+def base_bfloat16() -> dict[str, Any]:
+    return tiny.cast(base_params(), jnp.bfloat16)
+
+
+@functools.cache
+def random_logits() -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(tiny.BATCH, tiny.CLASSES)).astype(np.float32)
+
+
 @functools.cache
 def model_axes(scanned: bool) -> dict[str, str]:
-    params = tiny.parameters() if scanned else tiny.unroll(tiny.parameters())
-    return pefts.infer_axes(tiny.Classifier(scanned).apply, params, *tiny.inputs())
+    params = base_params() if scanned else tiny.unroll(base_params())
+    return pefts.infer_axes(tiny.Classifier(scanned).apply, params, *base_inputs())
 
 
 @functools.cache
@@ -57,13 +72,13 @@ class Subject:
     def peft(self) -> pefts.Peft:
         return self.build(model_axes(True))
 
-    @functools.cached_property
+    @property
     def params(self) -> dict[str, Any]:
-        return tiny.parameters()
+        return base_params()
 
-    @functools.cached_property
+    @property
     def inputs(self) -> tuple[jax.Array, jax.Array]:
-        return tiny.inputs()
+        return base_inputs()
 
     @functools.cached_property
     def context(self) -> Mapping[str, Any]:
@@ -71,18 +86,21 @@ class Subject:
 
     @functools.cached_property
     def stats(self) -> Any:
-        if not {"activations", "gradients"} & set(self.peft.traits.needs):
-            return None
-        return calibrated(self.params)
+        needs = set(self.peft.traits.needs) - {"context"}
+        return calibrated(tuple(sorted(needs))) if needs else None
 
     @functools.cached_property
     def state(self) -> pefts.PeftState:
-        return self.peft.init(jax.random.key(1), self.params, self.stats)
+        return self.started(self.peft)
+
+    def started(self, peft: pefts.Peft) -> pefts.PeftState:
+        init = peft.init if peft.traits.shapes_from_values else jax.jit(peft.init)
+        return init(jax.random.key(1), self.params, self.stats)
 
     @functools.cached_property
     def moved(self) -> pefts.PeftState:
         """A state away from the identity, which would hide errors."""
-        return pefts.randomize(jax.random.key(2), self.state)
+        return jax.jit(pefts.randomize)(jax.random.key(2), self.state)
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -136,7 +154,7 @@ class Training:
 
     def start(self) -> tuple[pefts.PeftState, Any]:
         state = self.subject.state
-        return state, self.optimizer.init(state.trainable)
+        return state, jax.jit(self.optimizer.init)(state.trainable)
 
     def step(
         self, params: Any, state: Any, moments: Any, index: Any, inputs: Any, context: Any
@@ -144,7 +162,7 @@ class Training:
         """(state, optimizer state) after one update, and the loss and gradients before it."""
         self.traces += 1
         peft, model = self.subject.peft, tiny.Classifier()
-        target = jax.random.normal(jax.random.key(3), (tiny.BATCH, tiny.CLASSES))
+        target = random_logits()
 
         def loss_of(trainable: Any) -> jax.Array:
             full = state._replace(trainable=trainable)
@@ -172,11 +190,21 @@ class Training:
         return out
 
 
-def calibrated(params: Any) -> Any:
-    """Statistics of every kernel on two batches."""
-    batches = [tiny.inputs(seed) for seed in (5, 6)]
+@functools.cache
+def calibrated(needs: tuple[str, ...]) -> Any:
+    """Statistics of every kernel on two batches, of all kinds that these needs may ask for."""
+    kinds = {"activations": ("second_moment",), "gradients": ("gradient",)}
+
+    def run(variables: Any, batch: Any) -> jax.Array:
+        return tiny.Classifier().apply(variables, *batch)
+
     return pefts.calibrate(
-        tiny.Classifier().apply, params, batches, targets="all-linear", axes=model_axes(True)
+        run,
+        base_params(),
+        [tiny.inputs(seed) for seed in (5, 6)],
+        axes=model_axes(True),
+        collect=[kind for need in needs for kind in kinds.get(need, ())],
+        loss=lambda logits, batch: jnp.mean((logits - random_logits()) ** 2),
     )
 
 

@@ -1,8 +1,8 @@
 """Small models that know nothing of adapters: what the conformance suite adapts.
 
-Every kernel is non-square, so that a transposition cannot hide: with d = 12, query, key and value are
-12 x (2, 8), out is (2, 8) x 12, the two mlp kernels are 12 x 20 and 20 x 12, the classifier is 12 x 4.
-All sides are multiples of 4.
+Every kernel is non-square, so that a transposition cannot hide: with d = 12, query, key and value
+are 12 x (2, 8), out is (2, 8) x 12, the mlp's kernels are 12 x 20 and 20 x 12, the classifier is
+12 x 4. All sides but the vocabulary's are multiples of 4.
 
 Shape legend: B batch, T tokens, D width, N heads, H head size.
 """
@@ -19,7 +19,7 @@ BATCH, TOKENS = 8, 6
 
 
 class Norm(nn.Module):
-    """Layer normalisation in the dtype of its input; flax's own mixes dtypes, which tests forbid."""
+    """Layer normalisation in its input's dtype; flax's own mixes dtypes, which tests forbid."""
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
