@@ -1,5 +1,6 @@
 """pefts.calibrate against a float64 oracle over the inputs that an unscanned model's layers saw."""
 
+import functools
 import re
 from typing import Any, Unpack
 
@@ -29,6 +30,11 @@ def make_batches(count: int = 3) -> list[dict[str, jax.Array]]:
     return [{"tokens": tokens, "mask": mask} for tokens, mask in pairs]
 
 
+@functools.cache
+def model_params() -> Any:
+    return tiny.parameters()
+
+
 def axes_of(params: Any) -> dict[str, str]:
     return pefts.infer_axes(SCANNED.apply, params, *tiny.inputs())
 
@@ -47,7 +53,7 @@ def seen_inputs(params: Any, batches: list[Any]) -> dict[str, np.ndarray]:
 
     for batch in batches:
         keep = np.asarray(batch["mask"])
-        with nn.intercept_methods(note):
+        with nn.intercept_methods(note):  # not jitted: the rows must be concrete
             forward({"params": tiny.unroll(params)}, batch, tiny.Classifier(scanned=False))
     return {path: np.concatenate(parts) for path, parts in rows.items()}
 
@@ -69,7 +75,7 @@ def slices(stats: Any, name: str) -> Any:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_second_moments_are_those_of_the_rows_each_layer_saw(dtype: Any) -> None:
-    params, batches = tiny.cast(tiny.parameters(), dtype), make_batches()
+    params, batches = tiny.cast(model_params(), dtype), make_batches()
     stats = calibrated(params, batches)
     rows = seen_inputs(params, batches)
     # bfloat16: the scanned and the unscanned model round their activations at other places
@@ -86,7 +92,7 @@ def test_second_moments_are_those_of_the_rows_each_layer_saw(dtype: Any) -> None
 
 
 def test_scanned_and_unscanned_agree() -> None:
-    params, batches = tiny.parameters(), make_batches()
+    params, batches = model_params(), make_batches()
     model, unrolled = tiny.Classifier(scanned=False), tiny.unroll(params)
     single = pefts.calibrate(
         lambda variables, batch: forward(variables, batch, model),
@@ -110,7 +116,7 @@ def mean_loss(outputs: jax.Array, batch: Any) -> jax.Array:
 
 
 def test_gradient_is_the_mean_over_batches_of_the_kernels_gradient() -> None:
-    params, batches = tiny.parameters(), make_batches()
+    params, batches = model_params(), make_batches()
     stats = calibrated(params, batches, collect="gradient", loss=mean_loss, weights=None)
     both = calibrated(params, batches, collect=("gradient", "second_moment"), loss=mean_loss)
     grads = [
@@ -221,7 +227,7 @@ def test_few_components_of_full_rank_data_come_close(key: jax.Array) -> None:
 
 
 def test_components_of_a_scanned_model_ignore_padding() -> None:
-    params, batches = tiny.parameters(), make_batches()
+    params, batches = model_params(), make_batches()
     stats = calibrated(params, batches, collect="pca", components=3, targets="layers.*kernel")
     rows = seen_inputs(params, batches)
     for n in range(tiny.LAYERS):
@@ -237,7 +243,7 @@ def test_components_of_a_scanned_model_ignore_padding() -> None:
 
 
 def test_eight_devices_give_what_one_gives() -> None:
-    params, batches = tiny.parameters(), make_batches()
+    params, batches = model_params(), make_batches()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = [jax.device_put(b, NamedSharding(mesh, PartitionSpec("data"))) for b in batches]
     options = {
@@ -352,7 +358,7 @@ def test_bad_arguments_say_so(kwargs: dict[str, Any], message: str) -> None:
     given = {"batches": make_batches(1), **kwargs}
     batches = given.pop("batches")
     with pytest.raises(ValueError, match=re.escape(message) if "Near" not in message else message):
-        calibrated(tiny.parameters(), batches, **given)
+        calibrated(model_params(), batches, **given)
 
 
 def test_a_site_that_no_output_depends_on_is_an_error(key: jax.Array) -> None:
@@ -397,7 +403,7 @@ def principal_lora(rank: int = 2, **select: Unpack[Select]) -> Declaration:
 
 
 def test_statistics_reach_a_methods_init_slice_by_slice(key: jax.Array) -> None:
-    params, batches = tiny.parameters(), make_batches()
+    params, batches = model_params(), make_batches()
     axes = axes_of(params)
     peft = principal_lora(rank=2, targets="layers.*kernel", axes=axes)
     with pytest.raises(ValueError, match="principal_lora initialises from activations"):

@@ -220,7 +220,7 @@ def test_mutable_returns_what_the_call_changed() -> None:
     np.testing.assert_array_equal(out, pefts.nnx.apply(graphdef)(bound, rest, x))
 
 
-def test_dropout_differs_between_keys_and_layers() -> None:
+def test_dropout_differs_between_keys() -> None:
     model = MODULES["scan"][0]()
     graphdef, params, rest = pefts.nnx.split(model)
     peft = pefts.lora(rank=2, dropout=0.5, targets="up/kernel", axes=pefts.nnx.infer_axes(model))
@@ -235,6 +235,30 @@ def test_dropout_differs_between_keys_and_layers() -> None:
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
     assert not np.allclose(first, pefts.nnx.apply(graphdef)(bound, rest, IDS))
+
+
+class Side(nnx.Module):
+    """Stacked linear layers, all of one input."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.vmap(lambda r: nnx.Linear(WIDTH, 5, rngs=r))(rngs.split(3))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        run = nnx.scan(lambda x, layer: (x, layer(x)), in_axes=(nnx.Carry, 0))
+        return run(x, self.layers)[1]
+
+
+def test_dropout_differs_between_scanned_layers() -> None:
+    model = Side(rngs())
+    graphdef, params, rest = pefts.nnx.split(model)
+    peft = pefts.lora(rank=2, dropout=0.5, axes=pefts.nnx.infer_axes(model))
+    state = pefts.randomize(jax.random.key(2), peft.init(jax.random.key(1), params))
+    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), state)
+    bound, base = peft.bind(params, state), model(ROWS)
+    still = pefts.nnx.apply(graphdef)(bound, rest, ROWS) - base
+    np.testing.assert_allclose(still[0], still[1], atol=1e-5)
+    dropped = pefts.nnx.apply(graphdef, key=jax.random.key(3))(bound, rest, ROWS) - base
+    assert not np.allclose(dropped[0], dropped[1], atol=1e-3)
 
 
 def scaled_output(targets: str, axes: Any) -> Any:
@@ -291,6 +315,26 @@ def test_linear_modules_never_build_the_adapted_kernel(name: str) -> None:
     delta = pefts.views.from_matrix(A @ B, letters, params[leaf].shape)
     want = pefts.nnx.merge(graphdef, {**params, leaf: params[leaf] + delta}, rest)(x)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_calibrate_serves_nnx_models() -> None:
+    model = Classifier(rngs(), scanned=True)
+    graphdef, params, rest = pefts.nnx.split(model)
+
+    def run(variables: Any, ids: jax.Array) -> jax.Array:
+        return pefts.nnx.apply(graphdef)(variables["params"], rest, ids)
+
+    stats = pefts.calibrate(run, params, [IDS], ["head", "up"], adapted=True,
+                            axes=pefts.nnx.infer_axes(model))  # fmt: skip
+    assert stats["blocks/up/kernel"]["second_moment"].shape == (3, WIDTH, WIDTH)
+    np.testing.assert_array_equal(stats["blocks/up/kernel"]["count"], [10, 10, 10])
+    x = model.embed(IDS)
+    first = jax.tree.map(lambda leaf: leaf[0], nnx.split(model.blocks)[1])
+    block = nnx.merge(nnx.split(model.blocks)[0], first)
+    x = (x + block.attention(x)).reshape(-1, WIDTH)
+    np.testing.assert_allclose(
+        stats["blocks/up/kernel"]["second_moment"][0], x.T @ x / len(x), rtol=1e-4, atol=1e-5
+    )
 
 
 # Errors
@@ -362,23 +406,3 @@ def test_the_models_own_module_is_left_as_it_was() -> None:
     pefts.nnx.apply(graphdef)(peft.bind(params, state), rest, ROWS)
     np.testing.assert_array_equal(model(ROWS), before)
     assert type(model) is nnx.Linear
-
-
-def test_calibrate_serves_nnx_models() -> None:
-    model = Classifier(rngs(), scanned=True)
-    graphdef, params, rest = pefts.nnx.split(model)
-
-    def run(variables: Any, ids: jax.Array) -> jax.Array:
-        return pefts.nnx.apply(graphdef)(variables["params"], rest, ids)
-
-    stats = pefts.calibrate(run, params, [IDS], ["head", "up"], adapted=True,
-                            axes=pefts.nnx.infer_axes(model))  # fmt: skip
-    assert stats["blocks/up/kernel"]["second_moment"].shape == (3, WIDTH, WIDTH)
-    np.testing.assert_array_equal(stats["blocks/up/kernel"]["count"], [10, 10, 10])
-    x = model.embed(IDS)
-    first = jax.tree.map(lambda leaf: leaf[0], nnx.split(model.blocks)[1])
-    block = nnx.merge(nnx.split(model.blocks)[0], first)
-    x = (x + block.attention(x)).reshape(-1, WIDTH)
-    np.testing.assert_allclose(
-        stats["blocks/up/kernel"]["second_moment"][0], x.T @ x / len(x), rtol=1e-4, atol=1e-5
-    )
