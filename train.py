@@ -24,7 +24,7 @@ from models import sharding
 from training import checkpoint, evaluate, experiment, plan, report
 from training.experiment import Experiment
 
-DEFAULT = "configs/minilm_stdlib_docs_lora.py"
+DEFAULT = str(Path(__file__).parent / "configs" / "minilm_stdlib_docs_lora.py")
 CONFIG = config_flags.DEFINE_config_file("config", DEFAULT, "the experiment", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; runs/<config.name> if not given")
 PLAN = flags.DEFINE_bool("plan", False, "print counts, memory and steps, and stop")
@@ -77,7 +77,7 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
         updates, opt_state = tx.update(grads, state.opt_state, trainable)
         moved = state.peft_state._replace(trainable=optax.apply_updates(trainable, updates))
         peft_state = peft.update(moved, grads, state.step)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss + penalty + grad_norm)
         new = TrainState(state.step + 1, peft_state, opt_state, state.rng)
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)

@@ -83,9 +83,8 @@ class Attend(nn.Module):
     A module of its own so that an interceptor can see queries, keys and values (prefix tuning).
     Shapes: q (B, T, N, H); k, v (B, S, N, H); mask (B, 1, 1, S) boolean. Returns (B, T, N, H).
 
-    Both products stay in the dtype of q, so that their gradients do; the softmax is in float32.
-    Written out because jax.nn.dot_product_attention has no dropout on the probabilities, and its
-    bfloat16 gradient needs implicit dtype promotion.
+    Probabilities are dropped only where `dropout` is above 0 in training; jax.nn's attention has no
+    such dropout, so that case is written out.
     """
 
     dropout: float = 0.0
@@ -93,12 +92,14 @@ class Attend(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        if self.dropout == 0 or self.deterministic:
+            return jax.nn.dot_product_attention(q, k, v, mask=mask)
         q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
         logits_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q, k).astype(jnp.float32)
         # The lowest finite number, not -inf: a row without any token stays free of NaN.
         masked = jnp.where(mask, logits_BxNxTxS, jnp.finfo(jnp.float32).min)
         weights_BxNxTxS = jax.nn.softmax(masked, axis=-1).astype(v.dtype)
-        drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
+        drop = nn.Dropout(self.dropout, deterministic=False)
         return jnp.einsum("BNTS,BSNH->BTNH", drop(weights_BxNxTxS), v)
 
 

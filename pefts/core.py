@@ -137,9 +137,9 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
     )
 
     def init(key: jax.Array, params: Params, stats: Any = None) -> PeftState:
-        _require_stats(traits, stats, config)
         flat = paths.flatten(params)
         sites = tuple(_plan(rule, site, flat[site.path]) for site in select(params))
+        _check_stats(traits, stats, sites, config)
         trainable, frozen = {}, {}
         for site in sites:
             site_stats = None if stats is None else stats.get(site.path)
@@ -220,13 +220,17 @@ def stack(states: list[PeftState]) -> PeftState:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _require_stats(traits: Traits, stats: Any, config: Mapping[str, Any]) -> None:
+def _check_stats(
+    traits: Traits, stats: Any, sites: tuple[Site, ...], config: Mapping[str, Any]
+) -> None:
     wanted = [need for need in traits.needs if need in ("activations", "gradients")]
-    if wanted and stats is None:
+    missing = [site.path for site in sites if site.path not in (stats or {})]
+    if wanted and missing:
         raise ValueError(
-            f"{config['method']} initialises from {' and '.join(wanted)}: call "
-            "stats = pefts.calibrate(model.apply, params, batches, targets=...) and then "
-            "peft.init(key, params, stats)."
+            f"{config['method']} initialises from {' and '.join(wanted)}, and there are none for "
+            f"{missing[0]!r}: call stats = pefts.calibrate(lambda variables, batch: "
+            "model.apply(variables, ...), params, batches, targets=...) with the method's own "
+            "targets, and then peft.init(key, params, stats)."
         )
 
 

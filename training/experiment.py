@@ -92,11 +92,12 @@ def optimizer(
         inner = _named(options.name)(schedule, **plain(options.options))
         return optax.chain(clip, optimizers.restart_at(inner, restart_steps))
     factors = _by_pattern(plain(options.factors), trainable)
-    decays = _by_pattern(dict.fromkeys(options.no_decay, 0.0), trainable)
     return optax.chain(
         clip,
         optimizers.restart_at(optax.scale_by_adam(), restart_steps),
-        optax.add_decayed_weights(options.weight_decay, jax.tree.map(bool, decays)),
+        optax.add_decayed_weights(
+            options.weight_decay, optimizers.decay_mask(tuple(options.no_decay))
+        ),
         optax.stateless(lambda updates, _: jax.tree.map(jax.numpy.multiply, updates, factors)),
         optax.scale_by_learning_rate(schedule),
     )
