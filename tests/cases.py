@@ -134,6 +134,28 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
+        "sara",
+        {"threshold": 0.1, "reselect_step": 2, "rank_penalty": 1e-2, "min_side": 4},
+        count=lambda sites: sum(slices(s) * dict(s.static)["nnz"] for s in sites),
+        oracle=lambda W, p, shared: np.array(
+            [
+                at.get(n, w)
+                for at in [dict(zip(p.get("idx", ()), p.get("values", ()), strict=True))]
+                for n, w in enumerate(W.flat)
+            ]
+        ).reshape(W.shape),
+        updated=("active", "held", "step"),
+        bad=(
+            BadInput({"threshold": 0.0}, "threshold=0.0"),
+            BadInput({"threshold": 1e-12}, "selects no entry of the .* targeted leaves"),
+            BadInput({"reselect_step": 0}, "reselect_step=0"),
+            BadInput({"rank_penalty": -1.0}, "rank_penalty=-1.0"),
+            BadInput({"rank_mode": "some"}, "rank_mode='some'"),
+            BadInput({"min_side": 0}, "min_side=0"),
+            BadInput({"min_side": 64}, "no targeted matrix has both sides longer"),
+        ),
+    ),
+    Case(
         "vera",
         {"rank": 30},
         count=lambda sites: sum(slices(s) * (30 + s.d_out) for s in sites),

@@ -5,6 +5,7 @@ from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
 from pefts.methods.lora import lora
 from pefts.methods.prompt import prompt
+from pefts.methods.sara import sara
 from pefts.methods.vera import vera
 
 METHODS = {
@@ -15,5 +16,6 @@ METHODS = {
     "head_only": head_only,
     "lora": lora,
     "prompt": prompt,
+    "sara": sara,
     "vera": vera,
 }
