@@ -12,17 +12,17 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from pefts import io, paths, targets, views
+from pefts import io
 from pefts.core import SHARED, Params, Peft, PeftState
 from pefts.formats import FORMATS, selection, whole
+from pefts.formats.base import Base, NameMap, letters
 from pefts.formats.contract import Files, Format, Imported, Native, Slot
-from pefts.formats.whole import Place
 from pefts.registry import from_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -31,22 +31,6 @@ PREFIX, MODEL = "base_model.", "base_model.model."
 PEFT_VERSION = "0.18.0"
 # peft stores the whole table of these modules when they are targeted.
 STORED_EMBEDDINGS = ("embed_tokens", "lm_head")
-
-
-class NameMap(Protocol):
-    """A model's parameter paths and its torch names; models.load returns one."""
-
-    def keys(self, path: str) -> list[str]:
-        """The torch keys of a leaf, one for each layer that it stacks."""
-        ...
-
-    def modules(self, path: str) -> list[str]:
-        """The same without the last part."""
-        ...
-
-    def path(self, key: str) -> tuple[str, int | None, str]:
-        """(leaf's path, index on its stacked axis, "T" where torch keeps the transpose)."""
-        ...
 
 
 def export_hf(
@@ -67,7 +51,8 @@ def export_hf(
       params: the base.
       names: the model's name map. Its prefix must be that of the torch model the adapter is for:
         keys of a bare encoder do not fit the same encoder under a classifier.
-      **info: base_model_name_or_path, revision, task_type, auto_mapping, or a field of the format.
+      **info: base_model_name_or_path, revision, task_type, auto_mapping: fields of
+        adapter_config.json that say nothing of the tensors.
 
     Raises:
       ValueError: peft cannot represent the method or a leaf of it; an unknown info; NaN or Inf.
@@ -75,18 +60,20 @@ def export_hf(
     """
     config, adapter, trained = _split(peft, state)
     format = FORMATS[config["method"]]
-    unknown = sorted(set(info) - {*selection.ABOUT, *format.fields, *format.ignored})
-    if unknown:
+    free = {*selection.ABOUT, *format.ignored}
+    if not free.issuperset(info):
         raise ValueError(
-            f"export_hf has no field {unknown[0]!r} for {format.peft_type}; it takes "
-            f"{sorted({*selection.ABOUT, *format.fields, *format.ignored})}."
+            f"info: {sorted(set(info) - free)} cannot be chosen for {format.peft_type}, the method "
+            f"and its state decide them; free are {sorted(free)}."
         )
-    model = _Model.of(params, names)
-    axes = _axes(config.get("axes"))
-    slices, shared = _slices(adapter, model, axes)
-    files = format.to_hf(Native(config, slices, shared, model.weight))
-    plain, fields = whole.export(trained, model.flat, model.places, files.modules)
-    plain.update(_tables(files, model))
+    base = Base.of(params, names)
+    axes = letters(config.get("axes"))
+    slices, shared = _slices(adapter, base, axes)
+    files = format.to_hf(Native(config, slices, shared, base.weight))
+    plain, fields = whole.export(
+        trained, base.flat, base.places, files.modules, info.get("task_type")
+    )
+    plain.update(_tables(files, base))
     tensors = {f"{MODEL}{m}.{n}": v for m, held in files.modules.items() for n, v in held.items()}
     tensors |= {f"{PREFIX}{name}": value for name, value in files.shared.items()}
     tensors |= {f"{MODEL}{key}": value for key, value in plain.items()}
@@ -102,7 +89,7 @@ def export_hf(
         **fields,
         **info,
         "peft_type": format.peft_type,
-        "target_modules": selection.targets_for(files.modules, model.adaptable),
+        "target_modules": selection.targets_for(files.modules, base.adaptable),
     }
     text = json.dumps(written, indent=2, sort_keys=True) + "\n"
     save = functools.partial(safetensors.numpy.save_file, dense, metadata={"format": "pt"})
@@ -144,12 +131,12 @@ def import_hf(
         )
     format = by_type[raw["peft_type"]]
     config = selection.checked(raw, format, str(folder / CONFIG))
-    model = _Model.of(params, names)
-    modules, shared, plain = _sorted_tensors(_read_tensors(folder), format, model)
-    _check_modules(config, modules, model)
-    trained = whole.read(plain, config, model.flat, model.places, modules)
-    slots = _slots_of(modules, model, _axes(axes))
-    imported = format.from_hf(Files(config, modules, shared), slots, model.weight)
+    base = Base.of(params, names)
+    modules, shared, plain = _sorted_tensors(_read_tensors(folder), format, base)
+    _check_modules(config, modules, base)
+    trained = whole.read(plain, config, base.flat, base.places, modules)
+    slots = _slots_of(modules, base, letters(axes))
+    imported = format.from_hf(Files(config, modules, shared), slots, base.weight)
     peft, state = _native(imported, slots, axes)
     if trained:
         listed = "^(" + "|".join(re.escape(path) for path in sorted(trained)) + ")$"
@@ -162,69 +149,6 @@ def import_hf(
         )
     io.check_state(peft, state, params, str(folder))
     return peft, state
-
-
-class _Model(NamedTuple):
-    """The base, seen by torch's names."""
-
-    flat: Mapping[str, Any]
-    places: Mapping[str, Place]  # by key
-    names: NameMap
-
-    @classmethod
-    def of(cls, params: Params, names: NameMap) -> "_Model":
-        flat = paths.flatten(params)
-        places = {key: Place(key, *names.path(key)) for path in flat for key in names.keys(path)}
-        return cls(flat, places, names)
-
-    @property
-    def adaptable(self) -> dict[str, Place]:
-        """The kernels and tables by torch module."""
-        leaves = ("kernel", "embedding")
-        return {p.module: p for p in self.places.values() if p.path.endswith(leaves)}
-
-    def slots(self, path: str, axes: Any) -> list[Slot]:
-        """The slices of a leaf in the order of its stacked axis."""
-        if path not in self.flat:
-            raise ValueError(f"the state adapts {path!r}, which params do not have.")
-        keys, shape = self.names.keys(path), tuple(self.flat[path].shape)
-        letters = axes(path, shape, self.places[keys[0]].layer is not None)
-        stack = views.stacked(letters)
-        if stack > 1 or len(keys) != (shape[0] if stack else 1):
-            raise ValueError(
-                f"{path!r} of shape {shape} and axes {letters!r} stacks other slices than its "
-                f"{len(keys)} torch modules, for instance {keys[0]!r}; peft adapts one module at a "
-                "time."
-            )
-        return [
-            Slot(
-                self.places[key].module,
-                path,
-                self.places[key].layer if stack else None,
-                letters[stack:],
-                shape[stack:],
-                self.places[key].op == "T",
-            )
-            for key in keys
-        ]
-
-    def weight(self, slot: Slot) -> np.ndarray:
-        leaf = self.flat[slot.path]
-        matrix = views.to_matrix(leaf if slot.layer is None else leaf[slot.layer], slot.axes)
-        return np.asarray(matrix, np.float32)
-
-
-def _axes(table: Mapping[str, str] | None) -> Any:
-    """(path, shape, is stacked) -> letters: from the table, else a plain kernel, stacked or not."""
-    chosen = targets.selection(axes=table)
-
-    def letters(path: str, shape: tuple[int, ...], stacked: bool) -> str:
-        inner = len(shape) - stacked
-        if targets.first(chosen.axes, path, None) is not None or inner not in (2, 4):
-            return chosen.axes_of(path, shape)
-        return "l" * stacked + "k" * (inner - 2) + "io"
-
-    return letters
 
 
 def _members(config: Mapping[str, Any], state: PeftState) -> Iterator[tuple[Any, PeftState]]:
@@ -262,25 +186,27 @@ def _split(peft: Peft, state: PeftState) -> tuple[Mapping[str, Any], PeftState, 
 
 
 def _slices(
-    state: PeftState, model: _Model, axes: Any
+    state: PeftState, base: Base, axes: Any
 ) -> tuple[dict[Slot, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     groups: dict[str, dict[str, np.ndarray]] = {}
     for tree in (state.frozen, state.trainable):
         for path, group in tree.items():
             arrays = {name: io.gather(f"{path}:{name}", leaf) for name, leaf in group.items()}
             groups.setdefault(path, {}).update(arrays)
+    for path, group in groups.items():
+        io.check_finite({f"{path}:{name}": a for name, a in group.items()}, "the state")
     shared, slices = groups.pop(SHARED, {}), {}
     for path, group in groups.items():
-        for slot in model.slots(path, axes):
+        for slot in base.slots(path, axes):
             slices[slot] = {n: a if slot.layer is None else a[slot.layer] for n, a in group.items()}
     return slices, shared
 
 
-def _tables(files: Files, model: _Model) -> dict[str, np.ndarray]:
+def _tables(files: Files, base: Base) -> dict[str, np.ndarray]:
     """The base's table of adapted input and output embeddings, as peft stores it."""
     chosen = [name for name in files.modules if name.split(".")[-1] in STORED_EMBEDDINGS]
-    places = {name: model.adaptable[name] for name in chosen}
-    return {f"{n}.{whole.INNER}weight": p.read(model.flat[p.path]) for n, p in places.items()}
+    places = {name: base.adaptable[name] for name in chosen}
+    return {f"{n}.{whole.INNER}weight": p.read(base.flat[p.path]) for n, p in places.items()}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -313,11 +239,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _sorted_tensors(
-    tensors: Mapping[str, np.ndarray], format: Format, model: _Model
+    tensors: Mapping[str, np.ndarray], format: Format, base: Base
 ) -> tuple[dict[str, dict], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """({module: {rest: tensor}}, shared, plain) by the keys' form; no key is passed over."""
     modules: dict[str, dict[str, np.ndarray]] = {}
-    shared, plain, adaptable = {}, {}, model.adaptable
+    shared, plain, adaptable = {}, {}, base.adaptable
     for key, tensor in tensors.items():
         if key.removeprefix(PREFIX) in format.shared:
             shared[key.removeprefix(PREFIX)] = tensor
@@ -328,19 +254,22 @@ def _sorted_tensors(
                 f"the key {key!r} lacks the prefix {MODEL!r} that peft's adapters have: the file "
                 "was written by another tool; rename its keys."
             )
+        name = whole.plain_name(name)
+        if name is None:
+            continue
         rest = next((s for s in format.suffixes if name.endswith(f".{s}")), None)
         module = name.removesuffix(f".{rest}")
         if rest is not None and module in adaptable:
             modules.setdefault(module, {})[rest] = tensor
-        elif rest is None and name.replace(f".{whole.INNER}", ".") in model.places:
+        elif rest is None and name.replace(f".{whole.INNER}", ".") in base.places:
             plain[name] = tensor
         else:
-            raise ValueError(_stray(name if rest is None else module, key, model))
+            raise ValueError(_stray(name if rest is None else module, key, base))
     return modules, shared, plain
 
 
-def _stray(name: str, key: str, model: _Model) -> str:
-    known = model.places if name not in model.adaptable else model.adaptable
+def _stray(name: str, key: str, base: Base) -> str:
+    known = base.places if name not in base.adaptable else base.adaptable
     shown = sorted(known)[:3]
     return (
         f"the adapter's tensor {key!r} belongs to {name!r}, which is no module or tensor of this "
@@ -350,10 +279,10 @@ def _stray(name: str, key: str, model: _Model) -> str:
     )
 
 
-def _check_modules(config: Mapping[str, Any], modules: Mapping[str, Any], model: _Model) -> None:
+def _check_modules(config: Mapping[str, Any], modules: Mapping[str, Any], base: Base) -> None:
     if not modules:
         raise ValueError("the folder holds no adapter tensor at all: nothing would be adapted.")
-    selected = selection.selected(config, model.adaptable)
+    selected = selection.selected(config, base.adaptable)
     if selected is None:
         return
     missing, extra = sorted(selected - set(modules)), sorted(set(modules) - selected)
@@ -365,10 +294,10 @@ def _check_modules(config: Mapping[str, Any], modules: Mapping[str, Any], model:
         )
 
 
-def _slots_of(modules: Mapping[str, Any], model: _Model, axes: Any) -> list[Slot]:
-    adaptable = model.adaptable
+def _slots_of(modules: Mapping[str, Any], base: Base, axes: Any) -> list[Slot]:
+    adaptable = base.adaptable
     touched = sorted({adaptable[name].path for name in modules})
-    return [slot for path in touched for slot in model.slots(path, axes)]
+    return [slot for path in touched for slot in base.slots(path, axes)]
 
 
 def _native(

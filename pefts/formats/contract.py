@@ -1,5 +1,4 @@
-"""What a format file works with: torch modules as slices of Flax leaves, and two sides of one
-adapter.
+"""What a format file works with: slices of leaves as torch modules, and both sides of an adapter.
 
 A format converts between `Native` (our state, one entry per slice) and `Files` (what the folder
 holds, keyed by torch module). Names, stacking, files and the leaves trained outright are not its

@@ -1,8 +1,8 @@
 """LoRA and DoRA as Hugging Face PEFT stores them (peft_type LORA).
 
-    lora_A.weight (r, in)   lora_B.weight (out, r)    y += s (x A^T) B^T,  s = alpha/r or
-    alpha/sqrt(r) lora_embedding_A (r, vocab)   lora_embedding_B (dim, r)   lora_magnitude_vector
-    (out,)
+    lora_A.weight (r, in)         lora_B.weight (out, r)        y += s (x A^T) B^T
+    lora_embedding_A (r, vocab)   lora_embedding_B (dim, r)     s = alpha / r or alpha / sqrt(r)
+    lora_magnitude_vector (out,)  DoRA's m
 
 Layers of one stacked kernel may differ in rank: the smaller ones are padded with zeros, which
 changes no product, and the padding is taken off again on export. A layer without an adapter is all
@@ -39,8 +39,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 def to_hf(native: Native) -> Files:
-    """Every slice at its own rank; patterns hold what differs from the most common rank and "
-    "alpha."""
+    """Every slice at its own rank; patterns hold what differs from the common rank and alpha."""
     dora, rslora = native.config["method"] == "dora", bool(native.config["rslora"])
     kept = {slot: (p, _rank(p, keep_one=dora)) for slot, p in native.slices.items()}
     kept = {slot: pair for slot, pair in kept.items() if pair[1]}

@@ -1,5 +1,4 @@
-"""adapter_config.json: which modules an adapter has by Hugging Face PEFT's rules, and its "
-"checks."""
+"""adapter_config.json: its checks, and which modules it selects by Hugging Face PEFT's rules."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -9,8 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# peft adds these to modules_to_save by itself, and does not open a folder that lacks them.
+HEADS = {
+    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+}
 METHODS = ("bitfit", "full", "head_only")
 INNER = "base_layer."
+COPY, ORIGINAL = ".modules_to_save.", ".original_module."
 
 
 class Place(NamedTuple):
@@ -45,7 +52,11 @@ def to_torch(place: Place, array: np.ndarray) -> np.ndarray:
 
 
 def export(
-    trained: Mapping[str, Any], flat: Mapping[str, Any], places: Mapping[str, Place], adapted: Any
+    trained: Mapping[str, Any],
+    flat: Mapping[str, Any],
+    places: Mapping[str, Place],
+    adapted: Collection[str],
+    task_type: str | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors by key without the prefix, config fields) for leaves trained to new values.
 
@@ -54,8 +65,15 @@ def export(
       flat: path -> the base's leaf, for what a stored module holds besides.
       places: every torch tensor of the model, by key.
       adapted: modules that carry an adapter.
+      task_type: peft's name of the task; some make it want the head.
     """
-    adapted = set(adapted)
+    unnamed = sorted(set(trained) - {place.path for place in places.values()})
+    if unnamed:
+        raise ValueError(
+            f"{unnamed[0]!r} is trained outright and has no name in names: torch's model lacks it. "
+            "Leave it out of the method that is exported."
+        )
+    adapted, heads = set(adapted), HEADS.get(task_type or "", ())
     values = {**flat, **trained}
     new = [place for place in places.values() if place.path in trained]
     for place in new:
@@ -77,6 +95,7 @@ def export(
     }
     done = {place.key for place in biases} if mode == "all" else set()
     modules = {place.module for place in new if place.key not in done} - adapted
+    modules |= {p.module for p in places.values() if any(_ends(p.module, h) for h in heads)}
     for place in places.values():
         if place.module in modules:
             tensors[place.key] = place.read(values[place.path])
@@ -96,6 +115,12 @@ def _check_apart(modules: Collection[str], adapted: Collection[str]) -> None:
                 f"peft selects modules_to_save by the end of their name: {name!r} would take "
                 f"{clash[0]!r} too, which is adapted. Train one of the two only."
             )
+
+
+def plain_name(name: str) -> str | None:
+    """A key without the marks that bias="all" leaves on stored modules; None for unused copies."""
+    # peft then saves the bias of a stored module three times: as trained, so again, and the base's.
+    return None if ORIGINAL in name else name.replace(COPY, ".")
 
 
 def read(
