@@ -9,7 +9,7 @@ and no decay where the path matches one of `no_decay`, in whichever group.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def lora_plus(
         "fast": _times(learning_rate, ratio),
         "embedding": embedding_learning_rate,
     }
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         f"{group}{suffix}": optimizer(rate, weight_decay=decay)
         for group, rate in rates.items()
         for suffix, decay in (("", weight_decay), ("_no_decay", 0.0))

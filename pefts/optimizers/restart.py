@@ -15,7 +15,7 @@ import optax
 class RestartState(NamedTuple):
     """How many updates are complete, and the state of the transformation inside."""
 
-    count: jax.Array
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  optax's name for it
     inner_state: Any
 
 
@@ -70,7 +70,7 @@ def restart_at(
         return RestartState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(
-        updates: Any, state: RestartState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, RestartState]:
         if params is None:
             raise ValueError(
