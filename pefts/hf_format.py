@@ -57,6 +57,20 @@ def export_hf(
     Raises:
       ValueError: peft cannot represent the method or a leaf of it; an unknown info; NaN or Inf.
       OSError: the files cannot be written.
+
+    Example:
+      >>> import jax, pefts, tempfile, types
+      >>> params = {"query": {"kernel": jax.numpy.ones((6, 4))}}
+      >>> names = types.SimpleNamespace(  # models.load returns a real one
+      ...     keys=lambda path: ["layer.query.weight"],
+      ...     modules=lambda path: ["layer.query"],
+      ...     path=lambda key: ("query/kernel", None, "T"),
+      ... )
+      >>> peft, folder = pefts.lora(rank=2), tempfile.mkdtemp()
+      >>> state = peft.init(jax.random.key(0), params)
+      >>> pefts.export_hf(folder, peft, state, params, names, task_type="CAUSAL_LM")
+      >>> pefts.import_hf(folder, params, names)[0].config["rank"]
+      2
     """
     config, adapter, trained = _split(peft, state)
     format = FORMATS[config["method"]]

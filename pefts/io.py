@@ -68,10 +68,9 @@ def save(path: str | os.PathLike, peft: Peft, state: PeftState, params: Params) 
         "leaves": {name: _described(array) for name, array in arrays.items()},
         "empty": empty,
     }
-    if jax.process_index() == 0:
-        stored = {name: _storable(array) for name, array in arrays.items()}
-        metadata = {HEADER: json.dumps(header, sort_keys=True)}
-        write(path, lambda file: safetensors.numpy.save_file(stored, file, metadata))
+    stored = {name: _storable(array) for name, array in arrays.items()}
+    metadata = {HEADER: json.dumps(header, sort_keys=True)}
+    write(path, lambda file: safetensors.numpy.save_file(stored, file, metadata))
 
 
 def load(
@@ -111,9 +110,13 @@ def load(
 def write(path: str | os.PathLike, writer: Callable[[str], object]) -> None:
     """Let `writer` fill a temporary file beside `path`, then move it into place.
 
+    Of several processes only the first writes.
+
     Raises:
       OSError: with the path and what to do; no partial file is left.
     """
+    if jax.process_index() != 0:
+        return
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

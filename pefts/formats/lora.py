@@ -79,8 +79,8 @@ def from_hf(files: Files, slots: Sequence[Slot], weight: Weight) -> Imported:
     trainable, frozen = {}, {}
     for slot in slots:
         tensors = files.modules.get(slot.module)
-        rank = ranks.get(slot, fields["r"])
-        scale = alphas.get(slot, fields["lora_alpha"]) / (math.sqrt(rank) if rslora else rank)
+        rank = ranks.get(slot, int(fields["r"]))
+        scale = alphas.get(slot, float(fields["lora_alpha"])) / (math.sqrt(rank) if rslora else rank)
         frozen[slot] = {"scale": np.float32(scale)}
         trainable[slot] = _factors(slot, tensors, rank, widths[slot.path], dora)
         if dora:
