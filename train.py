@@ -63,7 +63,7 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
             {"params": peft.bind(params, peft_state)},
             batch["tokens"],
             batch["mask"],
-            batch["token_types"],
+            token_types=batch["token_types"],
             deterministic=deterministic,
             rngs={"dropout": key},
         )

@@ -148,7 +148,10 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
         if declaration.init_shared is not None:
             shared_key = targets.site_key(key, SHARED)
             trainable[SHARED], frozen[SHARED] = declaration.init_shared(shared_key, sites)
-        return PeftState(_without_empty(trainable), _without_empty(frozen))
+        state = PeftState(_without_empty(trainable), _without_empty(frozen))
+        # A leaf may still be the base's own buffer, or twice the same; a step that donates its
+        # state would then delete the base.
+        return jax.tree.map(jnp.copy, state)
 
     def sites_of(params: Params, state: PeftState) -> tuple[dict[str, Any], list, Ambient]:
         flat, by_site = paths.flatten(params), _by_site(state)

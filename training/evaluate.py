@@ -20,7 +20,7 @@ def forward(experiment: Experiment, method: str = "__call__") -> Forward:
     model = experiment.model
 
     def run(params: Any, tokens: Any, mask: Any, types: Any) -> jax.Array:
-        return model.apply({"params": params}, tokens, mask, types, method=method)
+        return model.apply({"params": params}, tokens, mask, token_types=types, method=method)
 
     return jax.jit(run)
 
@@ -31,7 +31,7 @@ def adapted_forward(experiment: Experiment) -> Forward:
 
     def logits(argument: Any, tokens: Any, mask: Any, types: Any) -> jax.Array:
         params, peft_state = argument
-        return run({"params": peft.bind(params, peft_state)}, tokens, mask, types)
+        return run({"params": peft.bind(params, peft_state)}, tokens, mask, token_types=types)
 
     return jax.jit(logits)
 

@@ -89,8 +89,13 @@ def optimizer(
     )
     clip = optax.clip_by_global_norm(options.clip_norm)
     if options.name != "adamw":
-        inner = _named(options.name)(schedule, **plain(options.options))
-        return optax.chain(clip, optimizers.restart_at(inner, restart_steps))
+        if restart_steps:
+            raise ValueError(
+                f"{config.method.method} clears the optimizer's moments after step "
+                f"{restart_steps[0]}; that is built for optimizer.name='adamw', not "
+                f"{options.name!r}."
+            )
+        return optax.chain(clip, _named(options.name)(schedule, **plain(options.options)))
     factors = _by_pattern(plain(options.factors), trainable)
     return optax.chain(
         clip,

@@ -1,0 +1,32 @@
+"""AdaLoRA on MiniLM: which area of the standard library does a docstring document?
+
+Command: python train.py --config=configs/minilm_stdlib_docs_adalora.py
+Time: about TODO minutes on 2 CPU cores.
+Result: accuracy TODO, macro-F1 TODO on the test split (seed 0, Python 3.11).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import encoder_classification
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """`mode`: "" or "tiny"."""
+    config = encoder_classification("minilm_stdlib_docs_adalora", mode)
+    tiny = mode == "tiny"
+    config.train.steps = 2 if tiny else 326  # AdaLoRA's schedule must know the end
+    config.optimizer.learning_rate = 0.003
+    config.method = ConfigDict(
+        {
+            "method": "adalora",
+            "init_rank": 12,
+            "target_rank": 8,
+            "alpha": 16.0,
+            "total_steps": config.train.get_oneway_ref("steps"),
+            "initial_warmup": 0 if tiny else 40,
+            "final_warmup": 0 if tiny else 120,
+            "interval": 1 if tiny else 10,
+            "gamma": 0.1,
+        }
+    )
+    return config

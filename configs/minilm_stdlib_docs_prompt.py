@@ -1,0 +1,18 @@
+"""Prompt tuning on MiniLM: which area of the standard library does a docstring document?
+
+Command: python train.py --config=configs/minilm_stdlib_docs_prompt.py
+Time: about TODO minutes on 2 CPU cores.
+Result: accuracy TODO, macro-F1 TODO on the test split (seed 0, Python 3.11).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import encoder_classification
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """`mode`: "" or "tiny"."""
+    config = encoder_classification("minilm_stdlib_docs_prompt", mode)
+    config.optimizer.learning_rate = 0.01
+    config.method = ConfigDict({"method": "prompt", "length": 16})
+    return config

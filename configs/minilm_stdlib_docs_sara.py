@@ -1,0 +1,26 @@
+"""SaRA on MiniLM: which area of the standard library does a docstring document?
+
+Command: python train.py --config=configs/minilm_stdlib_docs_sara.py
+Time: about TODO minutes on 2 CPU cores.
+Result: accuracy TODO, macro-F1 TODO on the test split (seed 0, Python 3.11).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import encoder_classification
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """`mode`: "" or "tiny"."""
+    config = encoder_classification("minilm_stdlib_docs_sara", mode)
+    config.optimizer.learning_rate = 0.001
+    config.method = ConfigDict(
+        {
+            "method": "sara",
+            "threshold": 1e-3,
+            "rank_penalty": 0.0,
+            "exclude": "embeddings|classifier",
+            "reselect_step": 1 if mode == "tiny" else 163,  # half of training
+        }
+    )
+    return config

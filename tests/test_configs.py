@@ -1,0 +1,74 @@
+"""Every config: its docstring says what it needs to, and its tiny mode trains and resumes."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_checkpoint
+from ml_collections import ConfigDict
+
+import train
+from training import checkpoint, evaluate, report
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*_*.py"))
+CONFIGS = [file.stem for file in FILES if file.stem != "__init__"]
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes_its_step_count() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_docstring_and_names(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    for field in (f"Command: .*configs/{name}.py", r"Time: .*\d", "Result: .*"):
+        assert re.search(field, module.__doc__ or ""), field
+    assert "TODO" not in module.__doc__
+    assert module.get_config().name == name
+    assert module.get_config("tiny").name == f"{name}_tiny"
+    with pytest.raises(ValueError, match="none of"):
+        module.get_config("huge")
+
+
+def tiny(name: str, base: Path) -> ConfigDict:
+    config = importlib.import_module(f"configs.{name}").get_config("tiny")
+    config.model.source = str(base)
+    for option, value in SMALL.items():
+        if option in config.method:
+            config.method[option] = value
+    return config
+
+
+# What the tiny base is too narrow for, or has no weights below.
+SMALL = {"init_rank": 4, "target_rank": 2, "width": 8, "threshold": 0.01, "rank": 4}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiny_mode_trains_and_resumes(name: str, base: Path, tmp_path: Path) -> None:
+    config = tiny(name, base)
+    session = train.prepare(config)
+    adapted = evaluate.adapted_forward(session.run)
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(session.state.peft_state.trainable)]
+    whole = train.loop(session, tmp_path / "whole", adapted)
+    after = jax.tree.leaves(whole.peft_state.trainable)
+    assert sum(bool(np.any(a != b)) for a, b in zip(after, before, strict=True)) >= len(after) / 2
+
+    again = train.prepare(config)
+    train.loop(again._replace(steps=1), tmp_path / "parts", adapted)
+    resumed = train.loop(train.prepare(config), tmp_path / "parts", adapted)
+    for mine, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    losses = [report.read_rows(tmp_path / part / "metrics.csv") for part in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert checkpoint.manager(tmp_path / "whole").latest_step() == 2
