@@ -213,6 +213,8 @@ def stack(states: list[PeftState]) -> PeftState:
     Raises:
       ValueError: the states differ in structure or in a leaf's shape.
     """
+    if not states:
+        raise ValueError("pefts.stack needs at least one state; it was given none.")
     shapes = [jax.tree.map(jnp.shape, state) for state in states]
     for index, other in enumerate(shapes[1:], start=1):
         if other != shapes[0]:
