@@ -22,7 +22,7 @@ test: $(VENV)/.installed-tests lint
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed-tests
 	$(BIN)/python -m benchmarks.encoder_step

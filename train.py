@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import pefts
+from configs.base import Config
 from data.pipeline import Batches
 from models import sharding
 from training import checkpoint, evaluate, experiment, plan, report
@@ -114,7 +115,7 @@ class Session(NamedTuple):
     plan: plan.Plan
 
 
-def train(config: ConfigDict, folder: Path, plan_only: bool = False) -> None:
+def train(config: Config, folder: Path, plan_only: bool = False) -> None:
     """Train, evaluate and report one experiment, resuming what the folder holds."""
     session = prepare(config)
     report.show_plan(_title(session.run, folder), session.plan)
@@ -126,7 +127,7 @@ def train(config: ConfigDict, folder: Path, plan_only: bool = False) -> None:
     finish(session.run, folder, state, adapted)
 
 
-def prepare(config: ConfigDict) -> Session:
+def prepare(config: Config) -> Session:
     """Load everything, place it on the mesh, and compile the step for the longest batch."""
     mesh = sharding.data_mesh(config.data.batch_size)
     run = experiment.build(config)

@@ -1,15 +1,18 @@
 """What the experiments on encoders have in common; each config says only what differs."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
+Config = Any  # a ConfigDict; its fields are known when it is built, not to the type checker
 MODES = ("", "tiny")
 
 
-def encoder_classification(name: str, mode: str = "") -> ConfigDict:
+def encoder_classification(name: str, mode: str = "") -> Config:
     """Text classification of the standard library's docstrings with a pretrained MiniLM."""
     if mode not in MODES:
         raise ValueError(f"config mode {mode!r} is none of {MODES}; use for instance NAME.py:tiny")
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.name = name + (f"_{mode}" if mode else "")
     config.seed = 0
     config.model = ConfigDict(
@@ -60,7 +63,7 @@ def encoder_classification(name: str, mode: str = "") -> ConfigDict:
     return config
 
 
-def shrink(config: ConfigDict) -> None:
+def shrink(config: Config) -> None:
     """Two steps on a few short texts."""
     config.task.examples = 40
     config.data.max_length, config.data.buckets = 16, (16,)

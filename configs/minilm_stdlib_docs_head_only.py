@@ -7,10 +7,10 @@ Result: accuracy TODO, macro-F1 TODO on the test split (seed 0, Python 3.11).
 
 from ml_collections import ConfigDict
 
-from configs.base import encoder_classification
+from configs.base import Config, encoder_classification
 
 
-def get_config(mode: str = "") -> ConfigDict:
+def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_head_only", mode)
     config.head = False  # the method trains it

@@ -7,10 +7,10 @@ Result: see the README's table.
 
 from ml_collections import ConfigDict
 
-from configs.base import encoder_classification
+from configs.base import Config, encoder_classification
 
 
-def get_config(mode: str = "") -> ConfigDict:
+def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_lora", mode)
     config.method = ConfigDict(

@@ -30,7 +30,8 @@ Batch = dict[str, NDArray[Any]]
 class Tokenizer(Protocol):
     """What `tokenise` needs; an `encode_pairs` beside it gives token types too."""
 
-    pad_id: int
+    @property
+    def pad_id(self) -> int: ...
 
     def encode(
         self, texts: list[str], pairs: list[str] | None = None, *, max_length: int

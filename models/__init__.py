@@ -37,18 +37,23 @@ class Family(NamedTuple):
       config: (config.json content, **options) -> config with `num_layers` and `scan_layers`.
       build: (config, num_labels or None, pooling) -> Linen module called as (tokens, mask).
       names: the table of parameter names.
+      prefix: what transformers puts before the base's names in a model with a head.
     """
 
     config: Callable[..., Any]
     build: Callable[[Any, int | None, str], nn.Module]
     names: hf.NameMap
+    prefix: str
 
 
-_ENCODER = Family(encoder.EncoderConfig.from_hf, encoder.build, encoder.NAMES)
+def _encoder(prefix: str) -> Family:
+    return Family(encoder.EncoderConfig.from_hf, encoder.build, encoder.NAMES, prefix)
+
+
 MODELS: dict[str, Family] = {
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
-    "xlm-roberta": _ENCODER,
+    "bert": _encoder("bert."),
+    "roberta": _encoder("roberta."),
+    "xlm-roberta": _encoder("roberta."),
 }
 
 
@@ -166,6 +171,9 @@ def load(
     if shardings is not None:
         abstract = jax.tree.map(_place, abstract, shardings(abstract))
     params = hf.load_params(path, names, abstract)
+    if num_labels is not None:
+        # What is saved or exported from here on has a head, also where the checkpoint had none.
+        names = replace(names, prefix=family.prefix)
     return model, _fill(params, init), names
 
 

@@ -55,16 +55,13 @@ def partition(
       >>> sorted(split.config["members"])
       ['high', 'low']
     """
-    if callable(labels):
-        label_of, described = labels, None
-    else:
-        unknown = sorted(set(labels.values()) - set(pefts))
-        if unknown:
-            raise ValueError(f"labels name {unknown[0]!r}; the methods given are {sorted(pefts)}.")
-        described = dict(labels)
+    described = None if callable(labels) else dict(labels)
+    unknown = sorted(set((described or {}).values()) - set(pefts))
+    if unknown:
+        raise ValueError(f"labels name {unknown[0]!r}; the methods given are {sorted(pefts)}.")
 
-        def label_of(path: str) -> str | None:
-            return targets.first(described.items(), path, None)
+    def label_of(path: str) -> str | None:
+        return labels(path) if callable(labels) else targets.first(labels.items(), path, None)
 
     def wanted(label: str) -> Callable[[str], bool]:
         return lambda path: label_of(path) == label

@@ -31,7 +31,7 @@ def check(axes: str, shape: Sequence[int], path: str) -> None:
         raise ValueError(f"axes={axes!r} of {path!r} names no output axis 'o'.")
     if "l" in axes.lstrip("l"):
         raise ValueError(
-            f"axes={axes!r} of {path!r}: stacked axes 'l' come first (nn.scan's variable_axes is 0)."
+            f"axes={axes!r} of {path!r}: stacked axes 'l' come first (nn.scan over axis 0)."
         )
 
 

@@ -23,16 +23,16 @@ class Case(NamedTuple):
     count: Callable[
         [Sequence[Site]], int
     ]  # trainable scalars, by the card's formula, over all sites
-    # (W float64 (d_in, d_out), {name: float64 array} trainable and frozen, shared) -> W' in numpy, in the
-    # paper's notation; None for methods that change activations
+    # (W float64 (d_in, d_out), {name: float64 array} trainable and frozen, shared) -> W' in numpy,
+    # in the paper's notation; None for methods that change activations
     oracle: Callable[[np.ndarray, Arrays, Arrays], np.ndarray] | None = None
     # (y float64 (..., d_out), state, shared) -> y' for methods that change a module's output
     output_oracle: Callable[[np.ndarray, Arrays, Arrays], np.ndarray] | None = None
     # (x float64 (..., d_in), W, state, shared and context) -> y for products that no matrix gives
     linear_oracle: Callable[[np.ndarray, np.ndarray, Arrays, Arrays], np.ndarray] | None = None
     context: Callable[[int], Mapping[str, Any]] | None = None  # batch size -> arrays for peft.bind
-    model: str = "scanned"  # of tiny.MODELS
     layers_share: bool = False  # state lies across layers: slices of it fit no unrolled model
+    updated: tuple[str, ...] = ()  # names of frozen leaves that peft.update may change
     zero_grad_at_start: tuple[str, ...] = ()  # names of leaves whose gradient is zero at step 0
     bad: tuple[BadInput, ...] = ()
 
@@ -47,6 +47,26 @@ def whole(sites: Sequence[Site]) -> int:
 
 
 CASES: tuple[Case, ...] = (
+    Case(
+        "adalora",
+        {"total_steps": 10, "init_rank": 4, "target_rank": 2, "final_warmup": 2},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out + 1) for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * (p["A"] * p["e"]) @ p["B"],
+        updated=tuple(
+            f"{kind}_{factor}" for kind in ("sensitivity", "uncertainty") for factor in "ABe"
+        ),
+        bad=(
+            BadInput({"total_steps": None}, "total_steps=None"),
+            BadInput({"init_rank": 0}, "init_rank=0"),
+            BadInput({"initial_warmup": 8}, "initial_warmup=8"),
+            BadInput({"target_rank": 5}, "target_rank=5"),
+            BadInput({"init_rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"final_warmup": 0, "interval": 3}, "interval=3"),
+            BadInput({"beta2": 1.0}, "beta2=1.0"),
+            BadInput({"gamma": -1.0}, "gamma=-1.0"),
+            BadInput({"dropout": 1.0}, "dropout=1.0"),
+        ),
+    ),
     Case(
         "bitfit",
         {},

@@ -364,7 +364,7 @@ def test_saved_classifier_opens_in_transformers(transformers, checkpoints, tmp_p
     tokens, mask, types = batch("bert")
     model, params, names = models.load(checkpoints["bert"][0], num_labels=2, pooling="pooler")
     config = model.config.to_hf() | {"architectures": ["BertForSequenceClassification"]}
-    hf.save_params(tmp_path, params, replace(names, prefix="bert."), config)
+    hf.save_params(tmp_path, params, names, config)
     auto = transformers.AutoModelForSequenceClassification
     again = auto.from_pretrained(tmp_path, num_labels=2).eval()
     ours = model.apply({"params": params}, tokens, mask, types)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of a tiny random BERT with a tokenizer, made without transformers or torch."""
+"""A Hugging Face folder of a tiny random BERT, made without transformers or torch."""
 
 from dataclasses import replace
 from pathlib import Path

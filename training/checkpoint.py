@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from configs.base import Config
 from training.experiment import plain
 
 CONFIG = "config.json"
@@ -36,7 +37,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[Any, 
     if step is None:
         return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = checkpoints.restore(
+    restored: Any = checkpoints.restore(
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
@@ -45,7 +46,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[Any, 
     return restored.state, restored.data
 
 
-def claim(folder: Path, config: ConfigDict) -> None:
+def claim(folder: Path, config: Config) -> None:
     """Write the config into a new run folder, or check that the folder belongs to this config.
 
     Raises:
@@ -66,7 +67,7 @@ def claim(folder: Path, config: ConfigDict) -> None:
         )
 
 
-def read_config(folder: Path) -> ConfigDict:
+def read_config(folder: Path) -> Config:
     """The config of a run folder.
 
     Raises:

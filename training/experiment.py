@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import data
 import models
 import pefts
+from configs.base import Config
 from data import pipeline
 from pefts import optimizers, paths, targets
 
@@ -21,7 +22,7 @@ HEAD = r"(^|/)classifier/"
 class Experiment(NamedTuple):
     """A config made concrete."""
 
-    config: ConfigDict
+    config: Config
     task: data.Task
     rows: dict[str, pipeline.Rows]  # encoded splits
     model: Any
@@ -30,7 +31,7 @@ class Experiment(NamedTuple):
     peft: pefts.Peft
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: Config) -> Experiment:
     """Load data and model and make the method; nothing is trained or written."""
     options = plain(config.task)
     task = data.load(options.pop("name"), **options)
@@ -49,7 +50,7 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(config, task, rows, model, params, names, method(config, axes))
 
 
-def method(config: ConfigDict, axes: Mapping[str, str]) -> pefts.Peft:
+def method(config: Config, axes: Mapping[str, str]) -> pefts.Peft:
     """The configured method, with the classification head trained beside it if `config.head`."""
     adapter = pefts.from_config({**plain(config.method), "axes": dict(axes)})
     if not config.head:
@@ -69,13 +70,13 @@ def train_batches(experiment: Experiment) -> pipeline.Batches:
     )
 
 
-def total_steps(config: ConfigDict, batches: pipeline.Batches) -> int:
+def total_steps(config: Config, batches: pipeline.Batches) -> int:
     """`train.steps` if it is set, else `train.epochs` passes over the data."""
     return config.train.steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
 
 
 def optimizer(
-    config: ConfigDict, trainable: Any, steps: int, restart_steps: tuple[int, ...] = ()
+    config: Config, trainable: Any, steps: int, restart_steps: tuple[int, ...] = ()
 ) -> optax.GradientTransformation:
     """Clipping, Adam, decay and learning-rate factors by pattern, warm-up and cosine decay.
 

@@ -95,7 +95,8 @@ class Log:
 
     def flush(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        names: list[str] = list(COLUMNS)
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.file, text.getvalue())

@@ -80,7 +80,8 @@ def from_hf(files: Files, slots: Sequence[Slot], weight: Weight) -> Imported:
     for slot in slots:
         tensors = files.modules.get(slot.module)
         rank = ranks.get(slot, int(fields["r"]))
-        scale = alphas.get(slot, float(fields["lora_alpha"])) / (math.sqrt(rank) if rslora else rank)
+        alpha = alphas.get(slot, float(fields["lora_alpha"]))
+        scale = alpha / (math.sqrt(rank) if rslora else rank)
         frozen[slot] = {"scale": np.float32(scale)}
         trainable[slot] = _factors(slot, tensors, rank, widths[slot.path], dora)
         if dora:
