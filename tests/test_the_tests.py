@@ -28,7 +28,6 @@ from conformance import (
 )
 from subject import Axes, Subject, fake_of
 
-from pefts import core
 from pefts.bound import Call, Rule
 from pefts.core import Declaration
 from pefts.targets import Site, selection
