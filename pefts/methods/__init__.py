@@ -1,5 +1,6 @@
 """One file per method, each holding only its mathematics."""
 
+from pefts.methods.adalora import adalora
 from pefts.methods.bottleneck import bottleneck
 from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
@@ -9,6 +10,7 @@ from pefts.methods.sara import sara
 from pefts.methods.vera import vera
 
 METHODS = {
+    "adalora": adalora,
     "bitfit": bitfit,
     "bottleneck": bottleneck,
     "dora": dora,
