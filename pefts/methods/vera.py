@@ -121,8 +121,9 @@ def _check(d_initial: float, seed: int, select: Select) -> None:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed={seed!r}: give a non-negative integer, such as 0.")
     for argument in ("rank_pattern", "alpha_pattern"):
-        if select.get(argument):
+        pattern = select.get(argument)
+        if pattern:
             raise ValueError(
-                f"{argument}={select[argument]!r}: vera's kernels share one pair of one rank, "
-                "without alpha; combine two by pefts.partition instead."
+                f"{argument}={pattern!r}: vera's kernels share one pair of one rank, without "
+                "alpha; combine two by pefts.partition instead."
             )
