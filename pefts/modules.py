@@ -132,9 +132,10 @@ def _key(module: nn.Module, kernel: BoundKernel) -> jax.Array | None:
 def _dense(module: Any, own: Mapping[str, BoundKernel], ambient: Ambient, inputs: Any) -> jax.Array:
     kernel, bias = own["kernel"], _bias(module)
     general = isinstance(module, nn.DenseGeneral)
-    contracted = _axes_tuple(module.axis) if general else (-1,)
-    features = _axes_tuple(module.features)
     inputs = jnp.asarray(inputs)
+    features = _axes_tuple(module.features)
+    # flax sorts the axes: those of the kernel lie in the order of the input's, not as given
+    contracted = sorted(n % inputs.ndim for n in _axes_tuple(module.axis if general else -1))
     dtype = _compute_dtype(module, inputs, kernel, bias)
     x = jnp.moveaxis(inputs.astype(dtype), contracted, range(-len(contracted), 0))
     x = x.reshape(*x.shape[: x.ndim - len(contracted)], -1)
