@@ -157,13 +157,19 @@ def matches_oracle(subject: Subject) -> None:
             matrix, dense = (
                 np.asarray(views.to_matrix(tree[site.path], site.axes)) for tree in (flat, merged)
             )
-            for index in np.ndindex(site.stack):
-                p, shared = _arrays(state, site.path, index), _arrays(state, core.SHARED, ())
-                W = matrix[index]
-                if case.oracle is not None:
-                    expected = case.oracle(W, p, shared)
-                    close(dense[index], expected, FLOAT64, f"merge at {site.path}{list(index)}")
-                _check_products(subject, site, W, p, shared)
+            _check_slices(subject, site, matrix, dense, state)
+
+
+def _check_slices(
+    subject: Subject, site: Site, matrix: np.ndarray, dense: np.ndarray, state: Any
+) -> None:
+    shared, oracle = _arrays(state, core.SHARED, ()), subject.case.oracle
+    for index in np.ndindex(site.stack):
+        W, p = matrix[index], _arrays(state, site.path, index)
+        if oracle is not None:
+            where = f"merge at {site.path}{list(index)}"
+            close(dense[index], oracle(W, p, shared), FLOAT64, where)
+        _check_products(subject, site, W, p, shared)
 
 
 def _check_products(subject: Subject, site: Site, W: np.ndarray, p: Arrays, shared: Arrays) -> None:

@@ -320,7 +320,7 @@ def test_function_that_is_jitted_by_itself_is_an_error() -> None:
 @pytest.mark.parametrize("name", ["dense", "general_heads_out", "conv_2d", "embed", "hand_written"])
 def test_bound_params_without_apply_are_an_error(name: str) -> None:
     model, x, params, peft, state = prepared(name, low_rank)
-    with pytest.raises(Exception):  # noqa: B017 - whichever flax meets first
+    with pytest.raises(TypeError, match="BoundKernel"):
         model.apply({"params": peft.bind(params, state)}, x)
 
 
