@@ -200,15 +200,18 @@ def finish(run: Experiment, folder: Path, state: TrainState, adapted: evaluate.F
     """Score the adapted model against the baselines; write adapter, results and figure."""
     labels, split = run.task.labels, "test"
     pefts.save(folder / "adapter.safetensors", run.peft, state.peft_state, run.params)
+    probe = evaluate.linear_probe(run, ["dev", split])
+    floors = {"majority class": evaluate.majority(run, "dev"), "linear probe": probe["dev"]}
     results = {
         "majority class": evaluate.majority(run, split),
-        "linear probe": evaluate.linear_probe(run, [split])[split],
+        "linear probe": probe[split],
         "adapted": evaluate.score(run, adapted, (run.params, state.peft_state), split),
     }
     facts = {"split": split, "steps": int(state.step), "method": run.config.method.method}
     trainable = pefts.count(state.peft_state.trainable)
     report.save_results(folder / "results.json", results, labels, trainable=trainable, **facts)
-    report.figure(folder / "figure.png", folder, results, labels, split)
+    rows = report.read_rows(folder / "metrics.csv")
+    report.figure(folder / "figure.png", rows, floors, results["adapted"], labels)
     report.show_results(results, split)
     report.show_files(
         {

@@ -5,8 +5,8 @@
 Each side runs in processes of its own, in turn (ours, peft, ours, ...), on the same random tokens,
 the same kernels (every linear one of the six layers), rank 8, AdamW, no dropout, float32, and as
 many threads as the machine has cores. Printed: milliseconds per step (the median of a process's
-steps; then the median, least and most over the rounds), the ratio round by round, the peak memory of
-the process, and the time to the end of the first step (ours compiles in it).
+steps; then the median, least and most over the rounds), the ratio round by round, the peak memory
+of the process, and the time to the end of the first step (ours compiles in it).
 """
 
 import argparse

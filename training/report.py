@@ -149,21 +149,32 @@ def save_results(
 
 
 def figure(
-    file: Path, folder: Path, results: Mapping[str, Scores], labels: tuple[str, ...], split: str
+    file: Path,
+    rows: list[dict[str, Any]],
+    floors: Mapping[str, Scores],
+    adapted: Scores,
+    labels: tuple[str, ...],
 ) -> None:
-    """Draw loss and accuracy curves and the confusion matrix of the last system."""
+    """Draw the loss, the scores on dev over their floors, and the confusion matrix on test.
+
+    Args:
+      file: a PNG.
+      rows: of metrics.csv.
+      floors: the baselines' scores on dev, by name.
+      adapted: the adapted model's scores on test.
+      labels: class names.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = read_rows(folder / "metrics.csv")
     fig, (left, middle, right) = plt.subplots(
         1, 3, figsize=(17, 5.2), width_ratios=(1, 1, 1.25), layout="constrained"
     )
     _draw_loss(left, rows)
-    _draw_scores(middle, rows, results, split)
-    _draw_confusion(right, list(results.items())[-1], labels, split)
+    _draw_scores(middle, rows, floors)
+    _draw_confusion(right, adapted, labels)
     temporary = file.with_name("figure.tmp.png")
     fig.savefig(temporary, dpi=120)
     plt.close(fig)
@@ -185,33 +196,26 @@ def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_scores(
-    axes: Any, rows: list[dict[str, Any]], results: Mapping[str, Scores], split: str
-) -> None:
-    for name, color in (("dev_accuracy", "tab:blue"), ("dev_macro_f1", "tab:orange")):
-        axes.plot(*_curve(rows, name), color=color, marker="o", markersize=3, label=name[4:])
-    for (name, scores), style in zip(list(results.items())[:-1], (":", "--"), strict=False):
-        axes.axhline(scores.accuracy, color="gray", linestyle=style, label=f"{name} ({split})")
+def _draw_scores(axes: Any, rows: list[dict[str, Any]], floors: Mapping[str, Scores]) -> None:
+    for name, column in (("accuracy", "dev_accuracy"), ("macro-F1", "dev_macro_f1")):
+        axes.plot(*_curve(rows, column), marker="o", markersize=3, label=name)
+    for (name, scores), style in zip(floors.items(), (":", "--"), strict=True):
+        axes.axhline(scores.accuracy, color="tab:blue", linestyle=style, label=f"accuracy, {name}")
     axes.set(title="scores on dev during training", xlabel="step", ylim=(0, 1))
     axes.legend(frameon=False)
 
 
-def _draw_confusion(
-    axes: Any, system: tuple[str, Scores], labels: tuple[str, ...], split: str
-) -> None:
-    name, scores = system
+def _draw_confusion(axes: Any, scores: Scores, labels: tuple[str, ...]) -> None:
     counts = np.asarray(scores.confusion, float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
         if share >= 0.005:
             color = "white" if share > 0.5 else "black"
-            axes.text(
-                column, row, f"{share:.2f}", ha="center", va="center", color=color, fontsize=7
-            )
+            text = f"{share:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
     short = [label if len(label) <= 24 else label[:22] + "…" for label in labels]
     axes.set_xticks(range(len(labels)), short, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(labels)), short, fontsize=8)
-    axes.set(
-        title=f"{name} on {split}: share of each true class", xlabel="predicted", ylabel="true"
-    )
+    title = f"adapted, on test (accuracy {scores.accuracy:.3f}): share of each true class"
+    axes.set(title=title, xlabel="predicted", ylabel="true")

@@ -1,0 +1,180 @@
+"""Every method's accuracy, trainable parameters and step time on one task: a table and a picture.
+
+    python -m benchmarks.methods --steps 216
+
+The task is SST-2 (sentence level) where ../shared/data has it, else stdlib_docs. Each config of
+configs/ is trained for the same number of steps on the same batches. A step time is a ratio to
+LoRA's: both steps run in turn in one process on one batch, and the median of the pairwise ratios is
+given. Finished methods are kept in runs/methods/*.json and not run again; the table is printed, and
+the picture written to runs/methods/methods.png.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import pefts
+import train
+from configs.base import Config
+from training import evaluate
+from training.checkpoint import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "runs" / "methods"
+SHARED = ROOT.parent / "shared" / "data"
+PREFIX = "minilm_stdlib_docs_"
+REFERENCE = PREFIX + "lora"
+
+
+def names() -> list[str]:
+    """The configs to compare."""
+    return sorted(file.stem for file in (ROOT / "configs").glob(f"{PREFIX}*.py"))
+
+
+def config_of(name: str, steps: int) -> Config:
+    """A config on the benchmark's task and budget."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.train.steps = steps
+    if SHARED.is_dir():
+        with config.task.unlocked():
+            config.task.name, config.task.root = "sst2", str(SHARED)
+    return config
+
+
+def run(name: str, steps: int, reference: train.Session) -> dict[str, Any]:
+    """Train one config and score it."""
+    session = train.prepare(config_of(name, steps))
+    state = session.state
+    start = time.monotonic()
+    for step in range(session.steps):
+        state, metrics = session.update(state, session.place(session.batches[step]))
+    if not bool(metrics.finite):
+        raise FloatingPointError(f"{name}: the loss is not finite")
+    seconds = time.monotonic() - start
+    forward = evaluate.adapted_forward(session.run)
+    argument = (session.run.params, state.peft_state)
+    scores = {s: evaluate.score(session.run, forward, argument, s) for s in ("dev", "test")}
+    adapter = session.state.peft_state.trainable
+    head = pefts.count(session.run.params["classifier"]) if session.run.config.head else 0
+    return {
+        "method": name.removeprefix(PREFIX),
+        "trainable": pefts.count(adapter) - head,
+        "dev": scores["dev"].accuracy,
+        "test": scores["test"].accuracy,
+        "seconds": seconds,
+        "ratio": step_ratio(session, state, reference),
+        "temporary_mib": session.plan.activation_bytes / 2**20,
+        "task": session.run.task.name,
+        "steps": steps,
+    }
+
+
+def step_ratio(
+    session: train.Session, state: Any, reference: train.Session, rounds: int = 9
+) -> float:
+    """The median ratio of step times, this method's to LoRA's, taken in turn on one batch."""
+    batch = session.place(next(b for b in map(session.batches.__getitem__, range(99)) if _usual(b)))
+
+    def stepper(of: train.Session, start: Any) -> Callable[[], float]:
+        held = [jax.tree.map(jax.numpy.copy, start)]
+
+        def once() -> float:
+            begin = time.perf_counter()
+            held[0], metrics = of.update(held[0], batch)
+            metrics.loss.block_until_ready()
+            return time.perf_counter() - begin
+
+        return once
+
+    mine, theirs = stepper(session, state), stepper(reference, reference.state)
+    mine(), theirs()
+    pairs = [(mine(), theirs()) for _ in range(rounds)]
+    return statistics.median(a / b for a, b in pairs)
+
+
+def _usual(batch: dict[str, np.ndarray]) -> bool:
+    return batch["tokens"].shape[1] == 32
+
+
+def probe(steps: int) -> dict[str, float]:
+    """The linear probe on the frozen base, for the same splits."""
+    session = train.prepare(config_of(REFERENCE, steps))
+    scores = evaluate.linear_probe(session.run, ["dev", "test"])
+    return {split: s.accuracy for split, s in scores.items()}
+
+
+def table(rows: list[dict[str, Any]], floor: dict[str, float]) -> str:
+    """Markdown, best test accuracy first."""
+    lines = [
+        "| method | trainable beside the head | dev | test | step / LoRA's | temporary memory |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["test"]):
+        lines.append(
+            f"| {row['method']} | {row['trainable']:,} | {row['dev']:.3f} | {row['test']:.3f} "
+            f"| {row['ratio']:.2f} | {row['temporary_mib']:,.0f} MiB |"
+        )
+    lines.append(f"| *linear probe* | 0 | {floor['dev']:.3f} | {floor['test']:.3f} | | |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], floor: dict[str, float], file: Path) -> None:
+    """Test accuracy against trainable parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for row in rows:
+        size = max(row["trainable"], 1)
+        axes.scatter(size, row["test"], color="tab:blue", zorder=3)
+        axes.annotate(row["method"], (size, row["test"]), (5, 5), textcoords="offset points")
+    axes.axhline(floor["test"], color="gray", linestyle="--", label="linear probe")
+    axes.set(
+        xscale="symlog",
+        xlabel="trainable parameters beside the head",
+        ylabel="test accuracy",
+        title=f"MiniLM on {rows[0]['task']}, {rows[0]['steps']} steps of 32",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    fig.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="accuracy and step time of every method")
+    parser.add_argument("--steps", type=int, default=216)
+    parser.add_argument("--methods", nargs="*", help="only these, for instance lora vera")
+    arguments = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    chosen = [n for n in names() if not arguments.methods or n[len(PREFIX) :] in arguments.methods]
+    reference = None
+    for name in chosen:
+        file = OUT / f"{name}.json"
+        if file.exists() and json.loads(file.read_text())["steps"] == arguments.steps:
+            continue
+        reference = reference or train.prepare(config_of(REFERENCE, arguments.steps))
+        row = run(name, arguments.steps, reference)
+        write_atomically(file, json.dumps(row, indent=2) + "\n")
+        print(json.dumps(row), flush=True)
+    floor_file = OUT / "linear_probe.json"
+    if not floor_file.exists():
+        write_atomically(floor_file, json.dumps(probe(arguments.steps)) + "\n")
+    floor = json.loads(floor_file.read_text())
+    rows = [json.loads((OUT / f"{name}.json").read_text()) for name in chosen]
+    print(table(rows, floor))
+    picture(rows, floor, OUT / "methods.png")
+    print(f"picture: {OUT / 'methods.png'}")
+
+
+if __name__ == "__main__":
+    main()
