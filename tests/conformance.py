@@ -4,11 +4,12 @@ A property raises AssertionError. `REQUIRES` says which trait or row field a pro
 is excluded by a method's name.
 """
 
+import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def double(tree: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def in_float64(subject: Subject) -> Iterator[tuple[Any, Any]]:
+    """The base and a state away from the identity, made in float32 and seen in float64."""
+    params, state, _, _ = subject.params, subject.moved, subject.sites, subject.context
+    with jax.enable_x64(True):
+        yield double(params), double(state)
+
+
 def leaf_name(path: Any) -> str:
     return str(path[-1].key)
 
@@ -109,8 +118,7 @@ def factored_equals_merged(subject: Subject) -> None:
 
 def gradients_flow(subject: Subject) -> None:
     """From a random state every trainable leaf has a gradient, and merge's is the same."""
-    with jax.enable_x64(True):
-        params, state = double(subject.params), double(subject.moved)
+    with in_float64(subject) as (params, state):
         cotangent = double(random_logits())
 
         def pullback(trainable: Any) -> tuple[jax.Array, Any]:
@@ -149,8 +157,7 @@ def matches_oracle(subject: Subject) -> None:
     """Every slice of every site, against the row's numpy formula in float64."""
     case = subject.case
     assert any((case.oracle, case.output_oracle, case.linear_oracle)), "the row has no oracle"
-    with jax.enable_x64(True):
-        params, state = double(subject.params), double(subject.moved)
+    with in_float64(subject) as (params, state):
         merged = jax.jit(subject.peft.merge)(params, state) if case.oracle else params
         flat, merged = paths.flatten(params), paths.flatten(merged)
         for site in subject.sites:
