@@ -32,6 +32,7 @@ def encoder_classification(name: str, mode: str = "") -> Config:
             "buckets": (16, 32, 64),  # padded lengths: one compilation each
             "batch_size": 32,
             "eval_batch_size": 64,
+            "token_dropout": 0.0,  # share of hidden tokens in training batches
             "balance": "sqrt",  # class weights: "none", "sqrt" or "uniform"
         }
     )

@@ -144,6 +144,7 @@ def train_batches(
     seed: int,
     buckets: Sequence[int] = BUCKETS,
     balance: str = "none",
+    token_dropout: float = 0.0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -159,6 +160,8 @@ def train_batches(
         seed: non-negative; the same seed gives the same batches.
         buckets: batch lengths, ascending; the last holds the longest row.
         balance: weights of the classes, see `class_weights`.
+        token_dropout: probability of hiding a token (mask 0; never a row's first), so that no
+            single word decides; drawn from (seed, step).
         process_index: which slice of every global batch to yield.
         process_count: number of slices; divides `batch_size`.
 
@@ -171,6 +174,8 @@ def train_batches(
             than a batch. The message says what to change.
     """
     _check(rows, batch_size, buckets, process_index, process_count)
+    if not 0 <= token_dropout < 1:
+        raise ValueError(f"token_dropout={token_dropout} must be a probability in [0, 1)")
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative; NumPy's generators take none")
     if len(rows.ids) < batch_size:
@@ -180,7 +185,8 @@ def train_batches(
         )
     weight = class_weights(rows.labels, balance, rows.classes)[rows.labels]
     part = _part(batch_size, process_index, process_count)
-    source = _Source(rows, weight, _members(rows, buckets), batch_size, part, seed)
+    members = _members(rows, buckets)
+    source = _Source(rows, weight, members, batch_size, part, seed, token_dropout)
     return _batches(source, dropped=len(rows.ids) % batch_size)
 
 
@@ -276,6 +282,7 @@ class _Source:
     batch_size: int
     part: slice
     seed: int | None
+    token_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         self._epoch: tuple[int, list[tuple[int, NDArray[np.int64]]]] | None = None
@@ -287,7 +294,17 @@ class _Source:
     def __getitem__(self, index: int) -> Batch:
         epoch, position = divmod(int(index), len(self.plan(0)))
         length, members = self.plan(epoch)[position]
-        return self._batch(length, members)
+        batch = self._batch(length, members)
+        if self.token_dropout:
+            batch["mask"] &= self._visible(int(index), length)
+        return batch
+
+    def _visible(self, index: int, length: int) -> NDArray[np.int32]:
+        # Drawn for the whole batch: the same tokens are hidden on any number of processes.
+        draw = np.random.default_rng((self.seed, 1, index)).random((self.batch_size, length))
+        visible = draw >= self.token_dropout
+        visible[:, 0] = True
+        return visible[self.part].astype(np.int32)
 
     def plan(self, epoch: int) -> list[tuple[int, NDArray[np.int64]]]:
         """Return the (length, row indices) of an epoch's batches; the last one is kept."""

@@ -175,6 +175,32 @@ def test_processes_share_each_global_batch():
             assert np.array_equal(np.concatenate([part[step][key] for part in parts]), array)
 
 
+def test_token_dropout_hides_tokens_and_nothing_else():
+    rows = numbered_rows(203)
+    plain = pipeline.train_batches(rows, seed=1, **OPTIONS)
+    noisy = pipeline.train_batches(rows, seed=1, token_dropout=0.25, **OPTIONS)
+    hidden, real = 0, 0
+    for step in range(60):
+        one, two = plain[step], noisy[step]
+        for name in one.keys() - {"mask"}:
+            assert np.array_equal(one[name], two[name]), name
+        assert (two["mask"] <= one["mask"]).all() and (two["mask"][:, 0] == 1).all()
+        hidden += int((one["mask"] - two["mask"])[:, 1:].sum())
+        real += int(one["mask"][:, 1:].sum())
+    # A binomial share of 0.25: five standard deviations around it.
+    assert abs(hidden / real - 0.25) < 5 * (0.25 * 0.75 / real) ** 0.5
+    assert equal(noisy[7], noisy[7]) and not equal(noisy[7], plain[7])
+    halves = [
+        pipeline.train_batches(
+            rows, seed=1, token_dropout=0.25, process_index=p, process_count=2, **OPTIONS
+        )[7]["mask"]
+        for p in range(2)
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), noisy[7]["mask"])
+    with pytest.raises(ValueError, match="token_dropout=1.0"):
+        pipeline.train_batches(rows, seed=1, token_dropout=1.0, **OPTIONS)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_sees_every_row_once(processes):
     rows = numbered_rows(101)

@@ -66,6 +66,7 @@ def train_batches(experiment: Experiment) -> pipeline.Batches:
         batch_size=options.batch_size,
         buckets=options.buckets,
         balance=options.balance,
+        token_dropout=options.token_dropout,
         seed=experiment.config.seed,
     )
 
