@@ -32,7 +32,7 @@ def encoder_classification(name: str, mode: str = "") -> Config:
             "buckets": (16, 32, 64),  # padded lengths: one compilation each
             "batch_size": 32,
             "eval_batch_size": 64,
-            "token_dropout": 0.0,  # share of hidden tokens in training batches
+            "token_dropout": 0.3,  # share of hidden tokens in training batches
             "balance": "sqrt",  # class weights: "none", "sqrt" or "uniform"
         }
     )
@@ -41,7 +41,7 @@ def encoder_classification(name: str, mode: str = "") -> Config:
     config.optimizer = ConfigDict(
         {
             "name": "adamw",  # or one of pefts.OPTIMIZERS, with its options
-            "learning_rate": 2e-3,  # peak
+            "learning_rate": 1e-3,  # peak
             "warmup": 0.06,  # share of all steps
             "weight_decay": 0.01,
             "clip_norm": 1.0,
@@ -54,7 +54,7 @@ def encoder_classification(name: str, mode: str = "") -> Config:
         {
             "epochs": 2.0,
             "steps": 0,  # if not 0, instead of epochs
-            "eval_every": 100,
+            "eval_every": 80,
             "save_every": 50,
             "base_dropout": False,  # the pretrained model's own dropout
         }

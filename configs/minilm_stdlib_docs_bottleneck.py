@@ -13,6 +13,5 @@ from configs.base import Config, encoder_classification
 def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_bottleneck", mode)
-    config.optimizer.learning_rate = 0.002
     config.method = ConfigDict({"method": "bottleneck", "width": 32, "placement": "houlsby"})
     return config

@@ -13,7 +13,6 @@ from configs.base import Config, encoder_classification
 def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_dora", mode)
-    config.optimizer.learning_rate = 0.002
     config.method = ConfigDict(
         {"method": "dora", "rank": 8, "alpha": 16.0, "targets": "all-linear"}
     )
