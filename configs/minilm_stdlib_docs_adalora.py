@@ -23,8 +23,7 @@ def get_config(mode: str = "") -> Config:
             "target_rank": 8,
             "alpha": 16.0,
             "total_steps": config.train.get_oneway_ref("steps"),
-            "initial_warmup": 0 if tiny else 40,
-            "final_warmup": 0 if tiny else 120,
+            "warmup": (0, 0) if tiny else (40, 120),
             "interval": 1 if tiny else 10,
             "gamma": 0.1,
         }

@@ -123,7 +123,10 @@ def factory(fn: Callable[..., Declaration]) -> Callable[..., Peft]:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         select = call.arguments.pop("select", {})
-        config = {"method": fn.__name__, **call.arguments, **select}
+        given = {**call.arguments, **select}
+        # As JSON gives it back, so that a rebuilt method carries an equal config.
+        given = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
+        config = {"method": fn.__name__, **given}
         return lift(fn(*args, **kwargs), config)
 
     return build

@@ -49,7 +49,7 @@ def whole(sites: Sequence[Site]) -> int:
 CASES: tuple[Case, ...] = (
     Case(
         "adalora",
-        {"total_steps": 10, "init_rank": 4, "target_rank": 2, "final_warmup": 2},
+        {"total_steps": 10, "init_rank": 4, "target_rank": 2, "warmup": (0, 2)},
         count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out + 1) for s in sites),
         oracle=lambda W, p, shared: W + p["scale"] * (p["A"] * p["e"]) @ p["B"],
         updated=tuple(
@@ -58,11 +58,11 @@ CASES: tuple[Case, ...] = (
         bad=(
             BadInput({"total_steps": None}, "total_steps=None"),
             BadInput({"init_rank": 0}, "init_rank=0"),
-            BadInput({"initial_warmup": 8}, "initial_warmup=8"),
+            BadInput({"warmup": (8, 2)}, r"warmup=\(8, 2\)"),
             BadInput({"target_rank": 5}, "target_rank=5"),
             BadInput({"init_rank": 10_000}, "rank=10000 is out of range"),
-            BadInput({"final_warmup": 0, "interval": 3}, "interval=3"),
-            BadInput({"beta2": 1.0}, "beta2=1.0"),
+            BadInput({"warmup": (0, 0), "interval": 3}, "interval=3"),
+            BadInput({"betas": (0.85, 1.0)}, r"betas=\(0.85, 1.0\)"),
             BadInput({"gamma": -1.0}, "gamma=-1.0"),
             BadInput({"dropout": 1.0}, "dropout=1.0"),
         ),

@@ -156,7 +156,7 @@ EXPORTS: dict[str, Callable[[Any], pefts.Peft]] = {
     "dora embeddings": lambda axes: pefts.dora(rank=3, targets=r"word_embeddings", axes=axes),
     "vera": lambda axes: pefts.vera(rank=6, axes=axes),
     "adalora": lambda axes: pefts.adalora(
-        total_steps=20, init_rank=4, target_rank=2, alpha=5.0, initial_warmup=1, axes=axes
+        total_steps=20, init_rank=4, target_rank=2, alpha=5.0, warmup=(1, 0), axes=axes
     ),
 }
 

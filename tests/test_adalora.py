@@ -1,6 +1,7 @@
 """AdaLoRA beyond the table: the official trajectory, the budget, masks, pruning."""
 
 import functools
+import json
 from pathlib import Path
 
 import flax.linen as nn
@@ -66,11 +67,9 @@ def official(golden: dict, gamma: float = 0.1) -> tuple:
         init_rank=int(golden["init_rank"]),
         target_rank=int(golden["target_rank"]),
         alpha=float(golden["lora_alpha"]),
-        initial_warmup=int(golden["init_warmup"]),
-        final_warmup=int(golden["final_warmup"]),
+        warmup=(int(golden["init_warmup"]), int(golden["final_warmup"])),
         interval=int(golden["mask_interval"]),
-        beta1=float(golden["beta1"]),
-        beta2=float(golden["beta2"]),
+        betas=(float(golden["beta1"]), float(golden["beta2"])),
         gamma=gamma,
     )
     state = peft.init(jax.random.key(0), params)
@@ -117,21 +116,33 @@ def test_twelve_official_steps(golden, x64):
     for at in range(T):
         state = state._replace(trainable=ours(golden, "params", at))
         state = update(state, ours(golden, "grads", at), jnp.int32(at))
-        for kind, theirs in (("sensitivity", "ipt"), ("uncertainty", "unc")):
-            for path, group in ours(golden, theirs, at).items():
-                for name, wanted in group.items():
-                    got = state.frozen[path][f"{kind}_{name}"]
-                    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-15)
+        check_averages(golden, state, at)
         found = np.concatenate(list(scores(state).values()))
         np.testing.assert_allclose(found, golden["scores"][at], rtol=1e-9, atol=1e-15)
-        for module, theirs in MODULES.items():
-            wanted = golden[f"masked_{theirs}_E"][at][:, 0]
-            np.testing.assert_array_equal(state.trainable[f"{module}/kernel"]["e"], wanted)
-            for name in "AB":
-                before = golden[f"params_{theirs}_{name}"][at].T
-                np.testing.assert_array_equal(state.trainable[f"{module}/kernel"][name], before)
+        check_masks(golden, state, at)
         assert sum(ranks(state).values()) == int(golden["nonzero"][at])
     assert update._cache_size() == 1
+
+
+def check_averages(golden: dict, state: pefts.PeftState, at: int) -> None:
+    for kind, theirs in (("sensitivity", "ipt"), ("uncertainty", "unc")):
+        for path, group in ours(golden, theirs, at).items():
+            found = {name: state.frozen[path][f"{kind}_{name}"] for name in group}
+            jax.tree.map(
+                lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-15),
+                found,
+                group,
+            )
+
+
+def check_masks(golden: dict, state: pefts.PeftState, at: int) -> None:
+    """e is the official one after the cut, A and B are as they were before it."""
+    for module, theirs in MODULES.items():
+        group = state.trainable[f"{module}/kernel"]
+        np.testing.assert_array_equal(group["e"], golden[f"masked_{theirs}_E"][at][:, 0])
+        for name in "AB":
+            before = golden[f"params_{theirs}_{name}"][at].T
+            np.testing.assert_array_equal(group[name], before)
 
 
 def test_budget_is_the_official_one(golden):
@@ -160,7 +171,7 @@ def stacked_problem(**kwargs) -> tuple:
         "last": {"kernel": jax.random.normal(jax.random.key(2), (5, 6))},
     }
     peft = pefts.adalora(
-        **{"total_steps": 10, "init_rank": 4, "target_rank": 2, "final_warmup": 3, **kwargs},
+        **{"total_steps": 10, "init_rank": 4, "target_rank": 2, "warmup": (0, 3), **kwargs},
         axes={"layers": "lio"},
         rank_pattern={"last": 3},
     )
@@ -186,7 +197,7 @@ def run(peft: pefts.Peft, state: pefts.PeftState, steps: int, ties: bool = False
 
 def test_scores_after_two_steps_by_the_equations():
     """In numpy, layer by layer, with both averages started at zero."""
-    _, peft, state = stacked_problem(beta1=0.7, beta2=0.9)
+    _, peft, state = stacked_problem(betas=(0.7, 0.9))
     smooth, spread = {}, {}
     for step in range(2):
         state = pefts.randomize(jax.random.key(step), state)
@@ -217,7 +228,7 @@ def total(state: pefts.PeftState) -> int:
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_budget_is_met_across_stacked_layers_and_ranks(ties):
     """b0 = 3 * 4 + 3, bT = 4 * 2; exactly the budget stays, equal scores included."""
-    _, peft, state = stacked_problem(initial_warmup=2)
+    _, peft, state = stacked_problem(warmup=(2, 3))
     wanted = [15, 15, *(8 + 7 * (5 - u) ** 3 // 5**3 for u in range(1, 6)), 8, 8, 8]
     states = run(peft, state, 10, ties)
     assert [total(state) for state in states] == wanted
@@ -228,7 +239,7 @@ def test_the_budget_is_met_across_stacked_layers_and_ranks(ties):
 
 
 def test_cuts_come_every_interval_and_the_pattern_freezes_at_the_end():
-    _, peft, state = stacked_problem(total_steps=14, final_warmup=4, interval=3, initial_warmup=1)
+    _, peft, state = stacked_problem(total_steps=14, warmup=(1, 4), interval=3)
     states = run(peft, state, 14)
     found = [total(state) for state in states]
     cut = [t for t, n in enumerate(found, start=1) if n < 15]
@@ -248,7 +259,7 @@ def e_of(state: pefts.PeftState) -> dict:
 
 
 def test_a_masked_triplet_can_revive_before_the_end():
-    _, peft, state = stacked_problem(initial_warmup=1)
+    _, peft, state = stacked_problem(warmup=(1, 3))
     states = run(peft, state, 7)
     flat = [np.concatenate([np.ravel(e) != 0 for e in e_of(s).values()]) for s in states]
     assert any((later & ~now).any() for now, later in zip(flat, flat[1:], strict=False))
@@ -313,7 +324,7 @@ def test_published_count_from_shapes_alone():
         }
         for n in range(28)
     }
-    peft = pefts.adalora(total_steps=5000, init_rank=64, target_rank=32, final_warmup=500)
+    peft = pefts.adalora(total_steps=5000, init_rank=64, target_rank=32, warmup=(0, 500))
     state = jax.eval_shape(peft.init, jax.random.key(0), llama)
     assert pefts.count(state.trainable) == 18_353_664
     sides = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
@@ -343,6 +354,38 @@ def test_a_target_that_the_patterns_do_not_allow_is_refused():
         peft.init(jax.random.key(0), params)
 
 
+def test_pairs_come_as_tuples_or_as_json_lists(key):
+    """A method rebuilt from JSON is the same one, and cuts at the same steps."""
+    peft = pefts.adalora(
+        6, 3, 1, warmup=(1, 2), betas=(0.5, 0.9), interval=2, targets=["query", "value"]
+    )
+    config = json.loads(json.dumps(peft.config))
+    assert (config["warmup"], config["betas"]) == ([1, 2], [0.5, 0.9])
+    again = pefts.from_config(config)
+    assert again.config == peft.config == config
+    params = {name: {"kernel": jnp.ones((6, 4))} for name in ("query", "value")}
+    runs = [run(method, method.init(key, params), 6) for method in (peft, again)]
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+    assert [total(state) for state in runs[0]] == [6, 3, 6, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"warmup": 3}, "warmup=3: give two"),
+        ({"warmup": (1, 2, 3)}, r"warmup=\(1, 2, 3\): give two"),
+        ({"warmup": (0, -1)}, r"warmup=\(0, -1\): give two integers"),
+        ({"warmup": [0.5, 0]}, r"warmup=\(0.5, 0\): give two integers"),
+        ({"warmup": (4, 5)}, r"4 \+ 5 must be below total_steps=9"),
+        ({"betas": 0.85}, "betas=0.85: give two"),
+        ({"betas": (0.85, 1.0)}, r"betas=\(0.85, 1.0\): give two numbers in \[0, 1\)"),
+    ],
+)
+def test_pairs_out_of_range_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        pefts.adalora(total_steps=9, **arguments)
+
+
 def test_training_finds_the_kernel_that_needs_the_rank(key):
     """`up` is off by a matrix of rank 3, `down` by a smaller one: the budget of 4 goes to `up`."""
     x = jax.random.normal(key, (64, 8))
@@ -350,9 +393,7 @@ def test_training_finds_the_kernel_that_needs_the_rank(key):
     params = {name: {"kernel": jax.random.normal(key, shape)} for name, shape in shapes.items()}
     low = jax.random.normal(jax.random.fold_in(key, 1), (8, 3))
     change = 0.5 * low @ jax.random.normal(jax.random.fold_in(key, 2), (3, 6))
-    peft = pefts.adalora(
-        total_steps=80, init_rank=3, target_rank=2, initial_warmup=10, final_warmup=20, gamma=0.1
-    )
+    peft = pefts.adalora(total_steps=80, init_rank=3, target_rank=2, warmup=(10, 20), gamma=0.1)
     optimizer = optax.adam(2e-2)
 
     def loss(trainable, frozen):

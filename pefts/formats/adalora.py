@@ -22,19 +22,19 @@ ARGUMENTS = {
     "init_r": "init_rank",
     "target_r": "target_rank",
     "lora_alpha": "alpha",
-    "tinit": "initial_warmup",
-    "tfinal": "final_warmup",
     "deltaT": "interval",
-    "beta1": "beta1",
-    "beta2": "beta2",
     "orth_reg_weight": "gamma",
     "lora_dropout": "dropout",
 }
+# Our argument -> the two fields that hold it.
+PAIRS = {"warmup": ("tinit", "tfinal"), "betas": ("beta1", "beta2")}
 
 
 def to_hf(native: Native) -> Files:
     """Every slice with all its triplets; a slice of zeros is not adapted."""
     fields = {field: native.config[argument] for field, argument in ARGUMENTS.items()}
+    for argument, pair in PAIRS.items():
+        fields |= zip(pair, native.config[argument], strict=True)
     rank, scale = fields["init_r"], _scale(fields["lora_alpha"], fields["init_r"])
     modules = {}
     for slot, p in native.slices.items():
@@ -80,6 +80,7 @@ def from_hf(files: Files, slots: Sequence[Slot], weight: Weight) -> Imported:
     }
     frozen = {slot: {"scale": scale, **arrays} for slot, arrays in averages.items()}
     config = {argument: fields[field] for field, argument in ARGUMENTS.items()}
+    config |= {argument: [fields[field] for field in pair] for argument, pair in PAIRS.items()}
     return Imported({"method": "adalora", **config}, trainable, frozen)
 
 

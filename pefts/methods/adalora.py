@@ -17,6 +17,7 @@ columns and B's rows orthonormal. `ranks` counts the triplets left, `prune` drop
 """
 
 import bisect
+import functools
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -36,18 +37,21 @@ class Schedule(NamedTuple):
     """How triplets are scored and when they are masked; steps count from 1."""
 
     total_steps: int  # T
-    initial_warmup: int  # t_i
-    final_warmup: int  # t_f
-    interval: int
     init_rank: int
     target_rank: int
-    beta1: float
-    beta2: float
+    warmup: tuple[int, int]  # t_i, t_f
+    interval: int
+    betas: tuple[float, float]  # b1, b2
+
+    @property
+    def start(self) -> int:
+        """t_i: no step up to it cuts."""
+        return self.warmup[0]
 
     @property
     def end(self) -> int:
-        """The step from which the budget is the target's and the scores stand still."""
-        return self.total_steps - self.final_warmup
+        """T - t_f: from this step the budget is the target's and the scores stand still."""
+        return self.total_steps - self.warmup[1]
 
 
 @factory
@@ -57,11 +61,9 @@ def adalora(
     target_rank: int = 8,
     alpha: float = 8.0,
     *,
-    initial_warmup: int = 0,
-    final_warmup: int = 0,
+    warmup: tuple[int, int] = (0, 0),
     interval: int = 1,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
+    betas: tuple[float, float] = (0.85, 0.85),
     gamma: float = 0.5,
     dropout: float = 0.0,
     **select: Unpack[Select],
@@ -73,11 +75,10 @@ def adalora(
       init_rank: r0 (Hugging Face PEFT: 12).
       target_rank: the average rank of a kernel at the end (Hugging Face PEFT: 8).
       alpha: s = alpha / (r0 + 1e-5), whatever rank is left (Hugging Face PEFT: 8).
-      initial_warmup: t_i, steps before the first cut (official MNLI script: 8000).
-      final_warmup: t_f, last steps with fixed ranks (official MNLI script: 50000).
+      warmup: (t_i, t_f), t_i updates before the first cut and t_f after the last (official MNLI
+        script: 8000 and 50000).
       interval: steps from one cut to the next (official MNLI script: 100).
-      beta1: b1, of the smoothed sensitivity (the paper: 0.85).
-      beta2: b2, of its uncertainty (the paper: 0.85).
+      betas: (b1, b2), of the smoothed sensitivity and of its uncertainty (the paper: 0.85 both).
       gamma: weight of the orthogonality penalty (Hugging Face PEFT: 0.5; official scripts: 0.1).
       dropout: probability of dropping an input of the adapter; active in calls that are given a
         "dropout" random stream.
@@ -103,31 +104,16 @@ def adalora(
     """
     schedule = Schedule(
         _checked_total(total_steps),
-        initial_warmup,
-        final_warmup,
-        interval,
         init_rank,
         target_rank,
-        beta1,
-        beta2,
+        _pair("warmup", warmup),
+        interval,
+        _pair("betas", betas),
     )
     _check_schedule(schedule)
     check_dropout(dropout)
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma={gamma!r}: give a finite weight of at least 0, such as 0.5.")
-
-    def check_budget(key: jax.Array, sites: tuple[Site, ...]) -> tuple[dict, dict]:
-        del key
-        kernels = sum(_slices(site.stack) for site in sites)
-        start = sum(_slices(site.stack) * site.rank for site in sites)
-        if target_rank * kernels > start:
-            raise ValueError(
-                f"target_rank={target_rank} asks for {target_rank * kernels} triplets at the end, "
-                f"but the {kernels} kernels start with {start} (init_rank={init_rank} and "
-                f"rank_pattern; {sites[0].path!r} has {sites[0].rank}): lower target_rank or raise "
-                "the initial ranks."
-            )
-        return {}, {}
 
     def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
         h = call.dot(drop(x, dropout, call.key), p["A"])
@@ -148,7 +134,7 @@ def adalora(
         traits=Traits(stochastic=dropout > 0),
         rank=init_rank,
         alpha=alpha,
-        init_shared=check_budget,
+        init_shared=functools.partial(_check_budget, schedule),
         penalty=orthogonality,
         update=update,
     )
@@ -227,7 +213,7 @@ def _mean_distance(state: PeftState) -> jax.Array:
 
 def _observed(state: PeftState, grads: Any, t: jax.Array, schedule: Schedule) -> PeftState:
     """The state with its averages moved on, until the scores stand still."""
-    beta1, beta2 = schedule.beta1, schedule.beta2
+    beta1, beta2 = schedule.betas
     learning = t < schedule.end
 
     def one(path: str) -> dict[str, jax.Array]:
@@ -261,7 +247,7 @@ def _masked(state: PeftState, t: jax.Array, schedule: Schedule) -> PeftState:
     final = t > schedule.end
     # NOTE(paper): T - t_f, where the budget reaches the target, cuts only if `interval` divides it
     # (official code; Hugging Face PEFT always cuts there); from the next step on every step does.
-    cuts = (t > schedule.initial_warmup) & ((t % schedule.interval == 0) | final)
+    cuts = (t > schedule.start) & ((t % schedule.interval == 0) | final)
     kept = _largest(found, _budget(found, t, schedule))
     trainable = {}
     for path, group in state.trainable.items():
@@ -286,10 +272,8 @@ def _budget(scores: Scores, t: jax.Array, schedule: Schedule) -> jax.Array:
     """b(t), whole triplets."""
     start = sum(score.size for score in scores.values())
     kernels = sum(_slices(score.shape[:-1]) for score in scores.values())
-    drops = budget_drops(
-        start, schedule.target_rank * kernels, schedule.end - schedule.initial_warmup
-    )
-    gone = jnp.asarray(drops) <= t - schedule.initial_warmup
+    drops = budget_drops(start, schedule.target_rank * kernels, schedule.end - schedule.start)
+    gone = jnp.asarray(drops) <= t - schedule.start
     return start - jnp.sum(gone, dtype=jnp.int32)
 
 
@@ -315,7 +299,7 @@ def _slices(stack: tuple[int, ...]) -> int:
 
 
 def _checked_total(total_steps: int | None) -> int:
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+    if total_steps is None or not _is_count(total_steps, 1):
         raise ValueError(
             f"total_steps={total_steps!r}: the budget falls along the whole training; give the "
             "number of optimizer steps it will take."
@@ -323,30 +307,52 @@ def _checked_total(total_steps: int | None) -> int:
     return total_steps
 
 
+def _pair(argument: str, value: Any) -> tuple[Any, Any]:
+    """The argument as a tuple of two; JSON has lists alone."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{argument}={value!r}: give two numbers.")
+    return value[0], value[1]
+
+
 def _check_schedule(schedule: Schedule) -> None:
-    least = {
-        "initial_warmup": 0,
-        "final_warmup": 0,
-        "interval": 1,
-        "init_rank": 1,
-        "target_rank": 1,
-    }
-    for argument, lowest in least.items():
+    total, (initial, final), interval = schedule.total_steps, schedule.warmup, schedule.interval
+    for argument in ("init_rank", "target_rank", "interval"):
         value = getattr(schedule, argument)
-        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise ValueError(f"{argument}={value!r}: give an integer of at least {lowest}.")
-    for argument in ("beta1", "beta2"):
-        value = getattr(schedule, argument)
-        if not 0 <= value < 1:
-            raise ValueError(f"{argument}={value!r}: give a number in [0, 1), such as 0.85.")
-    total, final, interval = schedule.total_steps, schedule.final_warmup, schedule.interval
-    if schedule.initial_warmup >= schedule.end:
+        if not _is_count(value, 1):
+            raise ValueError(f"{argument}={value!r}: give an integer of at least 1.")
+    if not (_is_count(initial, 0) and _is_count(final, 0)):
+        raise ValueError(f"warmup={schedule.warmup!r}: give two integers of at least 0.")
+    if not all(0 <= beta < 1 for beta in schedule.betas):
         raise ValueError(
-            f"initial_warmup={schedule.initial_warmup} leaves no steps for the cuts: it must be "
-            f"below total_steps - final_warmup = {total} - {final} = {schedule.end}."
+            f"betas={schedule.betas!r}: give two numbers in [0, 1), such as (0.85, 0.85)."
+        )
+    if schedule.start >= schedule.end:
+        raise ValueError(
+            f"warmup={schedule.warmup!r} leaves no steps for the cuts: {initial} + {final} must be "
+            f"below total_steps={total}."
         )
     if final == 0 and total % interval:
         raise ValueError(
-            f"interval={interval} does not divide total_steps={total}, and final_warmup=0: the cut "
-            "to the target would never come; give final_warmup=1 or more, or another interval."
+            f"interval={interval} does not divide total_steps={total}, and "
+            f"warmup={schedule.warmup!r} ends with 0: the cut to the target would never come; give "
+            f"warmup=({initial}, 1) or more, or another interval."
         )
+
+
+def _is_count(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
+def _check_budget(schedule: Schedule, key: jax.Array, sites: tuple[Site, ...]) -> tuple[dict, dict]:
+    """No shared state; raises ValueError when the target is above what the sites start with."""
+    del key
+    target, kernels = schedule.target_rank, sum(_slices(site.stack) for site in sites)
+    start = sum(_slices(site.stack) * site.rank for site in sites)
+    if target * kernels > start:
+        raise ValueError(
+            f"target_rank={target} asks for {target * kernels} triplets at the end, but the "
+            f"{kernels} kernels start with {start} (init_rank={schedule.init_rank} and "
+            f"rank_pattern; {sites[0].path!r} has {sites[0].rank}): lower target_rank or raise the "
+            "initial ranks."
+        )
+    return {}, {}
