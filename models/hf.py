@@ -218,16 +218,22 @@ def _headers(folder: Path) -> dict[str, _Tensor]:
     found = {}
     for file in _files(folder):
         try:
-            with safetensors.safe_open(file, "np") as shard:
-                for key in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    view = shard.get_slice(key)
-                    found[key] = _Tensor(file, key, tuple(view.get_shape()), view.get_dtype())
+            found |= _header(file)
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file} is not a readable safetensors file ({error}); it is truncated or"
                 " of another format: fetch it again"
             ) from error
     return found
+
+
+def _header(file: Path) -> dict[str, _Tensor]:
+    with safetensors.safe_open(file, "np") as shard:
+        views = {key: shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
+        return {
+            key: _Tensor(file, key, tuple(view.get_shape()), view.get_dtype())
+            for key, view in views.items()
+        }
 
 
 def _files(folder: Path) -> list[Path]:
