@@ -16,6 +16,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from tiny_encoders import bert_folder, checkpoints, transformers  # noqa: E402, F401 (fixtures)
+
 
 @pytest.fixture
 def key() -> jax.Array:
