@@ -44,7 +44,8 @@ def partition(
         with no label (None) stays frozen. Inside its part each method's own targets apply.
 
     Raises:
-      ValueError: a label that no method has, or a pattern that matches nothing.
+      ValueError: a label that no method has; at init, a pattern that matches nothing or a method
+        whose label no parameter has.
 
     Example:
       >>> import pefts
@@ -55,13 +56,13 @@ def partition(
       >>> sorted(split.config["members"])
       ['high', 'low']
     """
-    described = None if callable(labels) else dict(labels)
-    unknown = sorted(set((described or {}).values()) - set(pefts))
+    described = {} if callable(labels) else dict(labels)
+    unknown = sorted(set(described.values()) - set(pefts))
     if unknown:
         raise ValueError(f"labels name {unknown[0]!r}; the methods given are {sorted(pefts)}.")
 
     def label_of(path: str) -> str | None:
-        return labels(path) if callable(labels) else targets.first(labels.items(), path, None)
+        return labels(path) if callable(labels) else targets.first(described.items(), path, None)
 
     def wanted(label: str) -> Callable[[str], bool]:
         return lambda path: label_of(path) == label
@@ -69,9 +70,33 @@ def partition(
     config = {
         "method": "partition",
         "members": {label: dict(member.config) for label, member in pefts.items()},
-        "labels": described,
+        "labels": None if callable(labels) else described,
     }
-    return _combine(dict(pefts), {label: wanted(label) for label in pefts}, config)
+    combined = _combine(dict(pefts), {label: wanted(label) for label in pefts}, config)
+
+    def init(key: jax.Array, params: Params, stats: Any = None) -> PeftState:
+        found = paths.flatten(params)
+        for pattern in described:
+            targets.match(pattern, found, argument="labels")
+        _check_labels({path: label_of(path) for path in found}, pefts)
+        return combined.init(key, params, stats)
+
+    return combined._replace(init=init)
+
+
+def _check_labels(label_of: Mapping[str, str | None], pefts: Mapping[str, Peft]) -> None:
+    """Every label has a method, and every method a parameter."""
+    for path, label in label_of.items():
+        if label is not None and label not in pefts:
+            raise ValueError(
+                f"labels give {path!r} the label {label!r}; the methods given are {sorted(pefts)}, "
+                "and None leaves a parameter frozen."
+            )
+    for label in sorted(set(pefts) - set(label_of.values())):
+        raise ValueError(
+            f"labels leave no parameter to {label!r} ({pefts[label].config['method']}): give it a "
+            "pattern before the others, as the first match wins, or leave the method out."
+        )
 
 
 def _combine(

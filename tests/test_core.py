@@ -166,16 +166,31 @@ def test_unknown_label_is_refused() -> None:
         pefts.partition({"low": pefts.lora(rank=1)}, {"up": "lw"})
 
 
-def test_method_without_parameters_is_refused(params: dict) -> None:
-    peft = pefts.partition({"low": pefts.lora(rank=1)}, {"upp": "low"})
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"kernel|bias": "low", "up": "high"},
+        {"kernel": "low"},
+        lambda path: "low" if "kernel" in path else None,
+    ],
+)
+def test_method_without_parameters_is_refused(params: dict, labels: Any) -> None:
+    peft = pefts.partition({"low": pefts.lora(rank=1), "high": pefts.head_only()}, labels)
+    with pytest.raises(ValueError, match=r"no parameter to 'high' \(head_only\).*first match wins"):
         peft.init(jax.random.key(0), params)
 
 
-@pytest.mark.xfail(strict=True, reason="partition does not check its patterns one by one")
+def test_unknown_label_from_a_function_is_refused(params: dict) -> None:
+    peft = pefts.partition({"low": pefts.lora(rank=1)}, lambda path: path.split("/")[0])
+    with pytest.raises(
+        ValueError, match=r"the label 'up'; the methods given are \['low'\]"
+    ):
+        peft.init(jax.random.key(0), params)
+
+
 def test_label_pattern_without_parameters_is_refused(params: dict) -> None:
     peft = pefts.partition({"low": pefts.lora(rank=1)}, {"up": "low", "dwn": "low"})
-    with pytest.raises(ValueError, match="'dwn' matches no parameter"):
+    with pytest.raises(ValueError, match=r"labels: 'dwn' matches no parameter. Near names: .*down"):
         peft.init(jax.random.key(0), params)
 
 
