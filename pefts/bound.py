@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pefts import views
 
@@ -25,9 +26,12 @@ def next_owner() -> int:
     return next(_owners)
 
 
-def matmul(x: jax.Array, W: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, W: jax.Array, precision: Any = None) -> jax.Array:
     """x (..., d_in) @ W (d_in, d_out) in x's dtype."""
-    return jnp.matmul(x, W.astype(x.dtype))
+    # On two axes, or the gradient of W would transpose all of x in memory first.
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.matmul(rows, W.astype(x.dtype), precision=precision)
+    return y.reshape(*x.shape[:-1], W.shape[-1])
 
 
 def _only_arrays(W: Any) -> jax.Array:
@@ -101,6 +105,17 @@ class BoundKernel:
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raise TypeError(
+            f"{self.path!r} is adapted, and a BoundKernel is no array: run the model with "
+            "pefts.apply(model.apply) on what peft.bind returns, or make plain parameters of it by "
+            "peft.merge."
+        )
+
+    def __jax_array__(self) -> jax.Array:
+        """Called by jax's functions and operators instead of `__array__`; as clear an error."""
+        return jnp.asarray(self.__array__())
 
     @property
     def is_vector(self) -> bool:

@@ -320,17 +320,59 @@ def test_function_that_is_jitted_by_itself_is_an_error() -> None:
 @pytest.mark.parametrize("name", ["dense", "general_heads_out", "conv_2d", "embed", "hand_written"])
 def test_bound_params_without_apply_are_an_error(name: str) -> None:
     model, x, params, peft, state = prepared(name, low_rank)
-    with pytest.raises(TypeError, match="BoundKernel"):
+    with pytest.raises(
+        TypeError, match=r"is adapted, and a BoundKernel is no array: .*pefts\.apply"
+    ):
         model.apply({"params": peft.bind(params, state)}, x)
 
 
-def test_bound_kernel_is_no_array() -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        jnp.asarray,
+        jnp.sum,
+        np.asarray,
+        np.float32,
+        lambda kernel: draw(4, 6) @ kernel,
+        lambda kernel: kernel @ draw(5, 4),
+        lambda kernel: np.ones((4, 6)) @ kernel,
+        lambda kernel: jnp.einsum("bd,dm->bm", draw(4, 6), kernel),
+        jax.jit(lambda kernel: jnp.tanh(kernel)),
+    ],
+)
+def test_bound_kernel_is_no_array(use: Callable[[Any], Any]) -> None:
     _, bound = bound_of(Unit(lambda: nn.Dense(5)), draw(4, 6))
     kernel = bound["Dense_0"]["kernel"]
     assert kernel.shape == (6, 5)
-    for use in (jnp.asarray, np.float32, lambda k: draw(4, 6) @ k, lambda k: k + 1, jnp.sum):
-        with pytest.raises(TypeError):
-            use(kernel)
+    with pytest.raises(TypeError, match=r"^'Dense_0/kernel' is adapted, .* pefts\.apply"):
+        use(kernel)
+
+
+@pytest.mark.parametrize("use", [lambda k: k + 1, lambda k: jax.lax.add(k, k), float, list])
+def test_bound_kernel_never_computes(use: Callable[[Any], Any]) -> None:
+    """Where Python or jax.lax asks no object for its array, they refuse it themselves."""
+    _, bound = bound_of(Unit(lambda: nn.Dense(5)), draw(4, 6))
+    with pytest.raises((TypeError, ValueError)):
+        use(bound["Dense_0"]["kernel"])
+
+
+def test_bound_kernel_is_a_pytree() -> None:
+    """jit, vmap and scan take it apart and put it together, slice by slice."""
+    _, bound = bound_of(Scanned(), draw(4, 6), axes={"kernel": "lio"})
+    kernel = bound["layers"]["Dense_0"]["kernel"]
+    leaves, treedef = jax.tree.flatten(kernel)
+    again = jax.tree.unflatten(treedef, leaves)
+    assert type(again) is type(kernel) and again.path == kernel.path
+    assert all(a is b for a, b in zip(leaves, jax.tree.leaves(again), strict=True))
+
+    def read(one: Any) -> jax.Array:
+        assert one.shape == (9, 6) and one.local_axes == "io"
+        return one.base + one.state["A"] @ one.state["B"]
+
+    wanted = jnp.stack([read(jax.tree.map(lambda leaf, n=n: leaf[n], kernel)) for n in range(3)])
+    assert np.allclose(jax.jit(jax.vmap(read))(kernel), wanted, atol=1e-6)
+    _, scanned = jax.lax.scan(lambda carry, one: (carry, read(one)), None, kernel)
+    assert np.allclose(scanned, wanted, atol=1e-6)
 
 
 def test_params_without_adapter_are_an_error() -> None:
