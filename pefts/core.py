@@ -87,8 +87,8 @@ class Declaration(NamedTuple):
     rule: Rule
     selection: Selection
     traits: Traits = Traits()
-    rank: int = 0  # 0: the method has no rank
-    alpha: float = 1.0
+    rank: int = 0  # 0: the kernels have no rank of their own, and rank_pattern is refused
+    alpha: float | None = None  # None: no Site.alpha is read, and alpha_pattern is refused
     init_shared: Callable[[jax.Array, tuple[Site, ...]], tuple[dict, dict]] | None = None
     penalty: PenaltyFn | None = None
     update: UpdateFn | None = None
@@ -133,7 +133,12 @@ def factory(fn: Callable[..., Declaration]) -> Callable[..., Peft]:
 
 
 def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
-    """Build a `Peft` from the mathematics of one kernel."""
+    """Build a `Peft` from the mathematics of one kernel.
+
+    Raises:
+      ValueError: a rank_pattern or an alpha_pattern, for a method without a rank or an alpha.
+    """
+    _check_patterns(declaration, str(config["method"]))
     rule, traits, owner = declaration.rule, declaration.traits, next_owner()
     select = functools.partial(
         declaration.selection.resolve, rank=declaration.rank, alpha=declaration.alpha
@@ -226,6 +231,19 @@ def stack(states: list[PeftState]) -> PeftState:
                 "states that one method made with the same ranks and targets."
             )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _check_patterns(declaration: Declaration, method: str) -> None:
+    select = declaration.selection
+    for argument, given, known in (
+        ("rank", select.rank_pattern, declaration.rank != 0),
+        ("alpha", select.alpha_pattern, declaration.alpha is not None),
+    ):
+        if given and not known:
+            raise ValueError(
+                f"{argument}_pattern={dict(given)!r}: the kernels of {method} have no {argument} "
+                "of their own; leave it out, or give them two methods by pefts.partition."
+            )
 
 
 def _check_stats(

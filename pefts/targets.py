@@ -30,8 +30,9 @@ class Select(TypedDict, total=False):
 
     targets: Targets  # "all-linear", a regular expression, or a list of names
     exclude: Targets  # the same forms; taken away from what `targets` matches
-    rank_pattern: Mapping[str, int] | None  # regular expression -> rank, first match wins
-    alpha_pattern: Mapping[str, float] | None  # regular expression -> alpha, first match wins
+    # Regular expression -> value, first match wins; refused where kernels have none of their own.
+    rank_pattern: Mapping[str, int] | None
+    alpha_pattern: Mapping[str, float] | None
     axes: Mapping[str, str] | None  # regular expression -> letters of pefts.views; see infer_axes
 
 
@@ -43,7 +44,7 @@ class Site:
     shape: tuple[int, ...]
     axes: str
     rank: int = 0  # 0: the method has no rank
-    alpha: float = 1.0
+    alpha: float = 1.0  # also where the method has none
     static: tuple[tuple[str, Any], ...] = ()  # what the method's `plan` decided from the values
 
     @property
@@ -80,7 +81,7 @@ class Selection:
     whole: bool = False  # leaves are taken whole, as one vector: their axes do not matter
 
     def resolve(
-        self, params: Mapping[str, Any], *, rank: int = 0, alpha: float = 1.0
+        self, params: Mapping[str, Any], *, rank: int = 0, alpha: float | None = None
     ) -> tuple[Site, ...]:
         """The sites in `params`, sorted by path.
 
@@ -103,6 +104,7 @@ class Selection:
         for argument in ("rank_pattern", "alpha_pattern"):
             for pattern, _ in getattr(self, argument):
                 match(pattern, sorted(chosen), argument=argument)
+        alpha = 1.0 if alpha is None else alpha
         return tuple(self._site(path, leaves[path], rank, alpha) for path in sorted(chosen))
 
     def axes_of(self, path: str, shape: tuple[int, ...]) -> str:

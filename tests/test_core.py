@@ -1,5 +1,6 @@
 """The contract's own parts: composition, states, counting, configs, errors."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, Case
+from subject import row_id
 
 import pefts
 from pefts import core, paths
@@ -182,9 +185,7 @@ def test_method_without_parameters_is_refused(params: dict, labels: Any) -> None
 
 def test_unknown_label_from_a_function_is_refused(params: dict) -> None:
     peft = pefts.partition({"low": pefts.lora(rank=1)}, lambda path: path.split("/")[0])
-    with pytest.raises(
-        ValueError, match=r"the label 'up'; the methods given are \['low'\]"
-    ):
+    with pytest.raises(ValueError, match=r"the label 'up'; the methods given are \['low'\]"):
         peft.init(jax.random.key(0), params)
 
 
@@ -362,6 +363,50 @@ def test_missing_statistics_are_named(params: dict) -> None:
     peft = scaling("hungry", traits=Traits(needs=("activations",)))
     with pytest.raises(ValueError, match="hungry initialises from activations.*calibrate"):
         peft.init(jax.random.key(0), params)
+
+
+# --- patterns ---
+
+TARGETS = "(up|down)/kernel"
+
+
+@pytest.mark.parametrize(("argument", "value"), [("rank_pattern", 2), ("alpha_pattern", 2.5)])
+@pytest.mark.parametrize("row", CASES, ids=row_id)
+def test_patterns_take_effect_or_are_refused(
+    params: dict, row: Case, argument: str, value: float
+) -> None:
+    """A method whose kernels have no rank or no alpha says so by name; the others use it."""
+    build = functools.partial(pefts.METHODS[row.method], **row.kwargs, targets=TARGETS)
+    noun, declared = argument.partition("_")[0], pefts.METHODS[row.method].__wrapped__(**row.kwargs)
+    if not getattr(declared, noun):
+        refusal = rf"^{argument}=.* the kernels of {row.method} have no {noun}"
+        with pytest.raises(ValueError, match=refusal):
+            build(**{argument: {"up": value}})
+        return
+    plain, patterned = (
+        paths.flatten(peft.init(jax.random.key(0), params)._asdict())
+        for peft in (build(), build(**{argument: {"up": value}}))
+    )
+    assert plain.keys() == patterned.keys()
+    differ = {path for path in plain if not np.array_equal(plain[path], patterned[path])}
+    assert differ and all("up/kernel" in path for path in differ)
+
+
+def test_the_methods_with_a_rank_and_an_alpha() -> None:
+    """The refusals above are not won by forgetting to declare them."""
+    for name in ("adalora", "bottleneck", "dora", "lora"):
+        row = next(row for row in CASES if row.method == name)
+        declared = pefts.METHODS[name].__wrapped__(**row.kwargs)
+        assert declared.rank in row.kwargs.values() and declared.alpha is not None
+    assert pefts.bottleneck.__wrapped__(scale=0.5).alpha == 0.5
+
+
+def test_no_pattern_of_an_own_method_is_ignored() -> None:
+    for argument, value in (("rank_pattern", 2), ("alpha_pattern", 2.5)):
+        with pytest.raises(ValueError, match=f"{argument}={{'up': {value}}}: the kernels of plain"):
+            scaling("plain", selection=selection(**{argument: {"up": value}}))
+    peft = scaling("ranked", selection=selection(rank_pattern={"up": 2}), rank=3)
+    assert peft.config == {"method": "ranked"}
 
 
 # --- configs ---

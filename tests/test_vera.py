@@ -153,5 +153,5 @@ def test_two_pairs_in_a_chain_stay_apart(key):
 
 @pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])
 def test_patterns_are_refused(argument):
-    with pytest.raises(ValueError, match=f"{argument}=.*share one pair"):
+    with pytest.raises(ValueError, match=f"{argument}=.*kernels of vera have no"):
         pefts.vera(**{argument: {"query": 2}})

@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from pefts.bound import Call, Rule, State
+from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Traits, factory
 from pefts.methods.lora import check_dropout, check_rank, drop
 from pefts.targets import Select, Site, selection
@@ -60,7 +60,7 @@ def vera(
     """
     check_rank(rank)
     check_dropout(dropout)
-    _check(d_initial, seed, select)
+    _check(d_initial, seed)
 
     def start(key: jax.Array, W: jax.Array, *, site: Site, stats: Any) -> tuple[dict, dict]:
         del key, W, stats
@@ -79,7 +79,7 @@ def vera(
         A, B = pair(call, d_in, p)
         h = call.dot(drop(x, dropout, call.key), A)
         h = h * _row(p["lambda_d"], h)
-        update = h @ B.astype(h.dtype)
+        update = matmul(h, B)
         return call.dot(x, W) + update * _row(p["lambda_b"], update)
 
     return Declaration(
@@ -112,7 +112,7 @@ def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def _check(d_initial: float, seed: int, select: Select) -> None:
+def _check(d_initial: float, seed: int) -> None:
     if not math.isfinite(d_initial) or d_initial == 0:
         raise ValueError(
             f"d_initial={d_initial!r}: lambda_b starts at zero, so lambda_d must not; give a "
@@ -120,10 +120,3 @@ def _check(d_initial: float, seed: int, select: Select) -> None:
         )
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed={seed!r}: give a non-negative integer, such as 0.")
-    for argument in ("rank_pattern", "alpha_pattern"):
-        pattern = select.get(argument)
-        if pattern:
-            raise ValueError(
-                f"{argument}={pattern!r}: vera's kernels share one pair of one rank, without "
-                "alpha; combine two by pefts.partition instead."
-            )
