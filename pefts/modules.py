@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pefts import views
-from pefts.bound import Ambient, BoundKernel, effective_matrix
+from pefts.bound import Ambient, BoundKernel, effective_matrix, matmul
 
 Product = Callable[..., jax.Array]
 
@@ -141,7 +141,7 @@ def _dense(module: Any, own: Mapping[str, BoundKernel], ambient: Ambient, inputs
     x = x.reshape(*x.shape[: x.ndim - len(contracted)], -1)
 
     def dot(x: jax.Array, M: jax.Array) -> jax.Array:
-        return jnp.matmul(x, M.astype(x.dtype), precision=module.precision)
+        return matmul(x, M, module.precision)
 
     y = multiply(x, kernel, ambient, _key(module, kernel), dot)
     y = y.reshape(*y.shape[:-1], *features)
@@ -235,7 +235,7 @@ def _einsum(
     x = x.reshape(*x.shape[: x.ndim - len(rows)], -1)
 
     def dot(x: jax.Array, M: jax.Array) -> jax.Array:
-        return jnp.matmul(x, M.astype(x.dtype), precision=module.precision)
+        return matmul(x, M, module.precision)
 
     y = multiply(x, kernel, ambient, _key(module, kernel), dot)
     y = y.reshape(*y.shape[:-1], *[sizes[c] for c in columns])

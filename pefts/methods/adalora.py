@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pefts.bound import Call, Rule, State
+from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, PeftState, Traits, factory
 from pefts.methods.lora import check_dropout, drop
 from pefts.targets import Select, Site, selection
@@ -119,7 +119,7 @@ def adalora(
         h = call.dot(drop(x, dropout, call.key), p["A"])
         weight = (p["scale"] * p["e"]).astype(h.dtype)
         h = h * weight.reshape((1,) * (h.ndim - 1) + weight.shape)
-        return call.dot(x, W) + h @ p["B"].astype(h.dtype)
+        return call.dot(x, W) + matmul(h, p["B"])
 
     def orthogonality(state: PeftState) -> jax.Array:
         return gamma * _mean_distance(state)

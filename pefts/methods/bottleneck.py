@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from pefts.bound import Call, Rule, State
+from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Traits, factory
 from pefts.targets import ALL_LINEAR, Select, Site, selection
 
@@ -114,8 +114,8 @@ def _adapt(y: jax.Array, p: State, activation: str) -> jax.Array:
     D, b_D, U, b_U, scale = (p[name].astype(y.dtype) for name in ("D", "b_D", "U", "b_U", "scale"))
     x = _flat(y, D.shape[0])
     ones = (1,) * (x.ndim - 1)
-    h = ACTIVATIONS[activation](x @ D + b_D.reshape(*ones, -1))
-    return y + (scale * (h @ U + b_U.reshape(*ones, -1))).reshape(y.shape)
+    h = ACTIVATIONS[activation](matmul(x, D) + b_D.reshape(*ones, -1))
+    return y + (scale * (matmul(h, U) + b_U.reshape(*ones, -1))).reshape(y.shape)
 
 
 def _flat(y: jax.Array, d: int) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from pefts.bound import Call, Rule, State
+from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Traits, factory
 from pefts.targets import Select, Site, selection
 
@@ -92,7 +92,7 @@ def delta(p: State, dtype: Any) -> jax.Array:
 def low_rank(x: Any, p: State, call: Call) -> jax.Array:
     """s (x A) B in the product's dtype."""
     h = call.dot(x, p["A"])
-    return (h * p["scale"].astype(h.dtype)) @ p["B"].astype(h.dtype)
+    return matmul(h * p["scale"].astype(h.dtype), p["B"])
 
 
 def factors(key: jax.Array, site: Site, init: str = "kaiming") -> dict[str, jax.Array]:
