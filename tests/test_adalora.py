@@ -12,6 +12,8 @@ import optax
 import pytest
 
 import pefts
+from pefts.formats import adalora
+from pefts.formats.contract import Native
 from pefts.methods.adalora import budget_drops, prune, ranks, scores
 
 GOLDEN = Path(__file__).parents[2] / "shared/golden/official/adalora/golden.npz"
@@ -367,6 +369,13 @@ def test_pairs_come_as_tuples_or_as_json_lists(key):
     runs = [run(method, method.init(key, params), 6) for method in (peft, again)]
     jax.tree.map(np.testing.assert_array_equal, *runs)
     assert [total(state) for state in runs[0]] == [6, 3, 6, 2, 2, 2]
+
+
+def test_pairs_fill_the_fields_that_peft_reads():
+    peft = pefts.adalora(9, warmup=(1, 2), betas=(0.5, 0.9))
+    fields = adalora.to_hf(Native(peft.config, {}, {}, lambda slot: np.zeros(()))).fields
+    assert (fields["tinit"], fields["tfinal"]) == (1, 2)
+    assert (fields["beta1"], fields["beta2"]) == (0.5, 0.9)
 
 
 @pytest.mark.parametrize(
