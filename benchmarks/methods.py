@@ -141,19 +141,22 @@ def picture(rows: list[dict[str, Any]], floor: dict[str, float], file: Path) -> 
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for row in rows:
-        size = max(row["trainable"], 1)
-        axes.scatter(size, row["test"], color="tab:blue", zorder=3)
-        axes.annotate(row["method"], (size, row["test"]), (5, 5), textcoords="offset points")
+    for number, row in enumerate(sorted(rows, key=lambda row: row["trainable"])):
+        point = (row["trainable"], row["test"])
+        axes.scatter(*point, color="tab:blue", zorder=3)
+        # Neighbours' labels lie on different sides of their points.
+        offset, side = ((6, 5), "left") if number % 2 else ((-6, -12), "right")
+        axes.annotate(row["method"], point, offset, textcoords="offset points", ha=side)
     axes.axhline(floor["test"], color="gray", linestyle="--", label="linear probe")
     axes.set(
-        xscale="symlog",
+        xscale="log",
+        xlim=(min(row["trainable"] for row in rows) / 4, 1e8),
         xlabel="trainable parameters beside the head",
         ylabel="test accuracy",
         title=f"MiniLM on {rows[0]['task']}, {rows[0]['steps']} steps of 32",
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     fig.savefig(file, dpi=120)
 
 

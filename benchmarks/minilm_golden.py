@@ -18,6 +18,7 @@ import gzip
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,7 +74,7 @@ def sick(embed: Callable[[Sequence[str]], np.ndarray]) -> dict[str, float]:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     first, second = (embed([row[f"sentence_{side}"] for row in rows]) for side in "AB")
     gold = [float(row["relatedness_score"]) for row in rows]
-    result = stats.spearmanr(np.sum(first * second, axis=1), gold)
+    result: Any = stats.spearmanr(np.sum(first * second, axis=1), gold)
     return {"SICK Spearman": float(result.statistic)}
 
 

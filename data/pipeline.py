@@ -301,7 +301,7 @@ class _Source:
 
     def _visible(self, index: int, length: int) -> NDArray[np.int32]:
         # Drawn for the whole batch: the same tokens are hidden on any number of processes.
-        draw = np.random.default_rng((self.seed, 1, index)).random((self.batch_size, length))
+        draw = np.random.default_rng((self.seed or 0, 1, index)).random((self.batch_size, length))
         visible = draw >= self.token_dropout
         visible[:, 0] = True
         return visible[self.part].astype(np.int32)

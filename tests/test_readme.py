@@ -1,4 +1,4 @@
-"""The README says what the code does: its table is printed by it, its example runs, its files exist."""
+"""The README says what the code does: its table, its example, its files, its commands."""
 
 import re
 import subprocess
