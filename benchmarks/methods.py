@@ -141,16 +141,20 @@ def picture(rows: list[dict[str, Any]], floor: dict[str, float], file: Path) -> 
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for number, row in enumerate(sorted(rows, key=lambda row: row["trainable"])):
-        point = (row["trainable"], row["test"])
+    points = {row["method"]: (row["trainable"], row["test"]) for row in rows}
+    for method, point in points.items():
         axes.scatter(*point, color="tab:blue", zorder=3)
-        # Neighbours' labels lie on different sides of their points.
-        offset, side = ((6, 5), "left") if number % 2 else ((-6, -12), "right")
-        axes.annotate(row["method"], point, offset, textcoords="offset points", ha=side)
+        # The label lies on the side that faces away from the nearest other point.
+        others = [p for name, p in points.items() if name != method]
+        nearest = min(
+            others, key=lambda p: abs(np.log(p[0] / point[0])) + 200 * abs(p[1] - point[1])
+        )
+        offset, side = ((6, 3), "left") if nearest[0] < point[0] else ((-6, 3), "right")
+        axes.annotate(method, point, offset, textcoords="offset points", ha=side)
     axes.axhline(floor["test"], color="gray", linestyle="--", label="linear probe")
     axes.set(
         xscale="log",
-        xlim=(min(row["trainable"] for row in rows) / 4, 1e8),
+        xlim=(min(row["trainable"] for row in rows) / 8, 3e8),
         xlabel="trainable parameters beside the head",
         ylabel="test accuracy",
         title=f"MiniLM on {rows[0]['task']}, {rows[0]['steps']} steps of 32",
