@@ -37,7 +37,7 @@ def full(**select: Unpack[Select]) -> Declaration:
 
     Source: the baseline of every paper in this package.
     """
-    return _replace(".", select)
+    return replace_leaves(".", select)
 
 
 @factory
@@ -62,7 +62,7 @@ def bitfit(**select: Unpack[Select]) -> Declaration:
     Source: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
       Language-models, arXiv 2106.10199.
     """
-    return _replace(r"(^|/)bias$", select)
+    return replace_leaves(r"(^|/)bias$", select)
 
 
 @factory
@@ -88,10 +88,11 @@ def head_only(**select: Unpack[Select]) -> Declaration:
 
     Source: the baseline of every paper in this package.
     """
-    return _replace(HEADS, select)
+    return replace_leaves(HEADS, select)
 
 
-def _replace(default: str, select: Select) -> Declaration:
+def replace_leaves(default: str, select: Select) -> Declaration:
+    """What trains whole leaves: those that match `default` unless `select` has targets."""
     rule = Rule(_copy, _value, eager=True)
     return Declaration(rule, selection(default=default, whole=True, **select))
 
