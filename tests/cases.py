@@ -124,6 +124,13 @@ CASES: tuple[Case, ...] = (
         bad=(BadInput({"exclude": "."}, "leaves nothing"),),
     ),
     Case(
+        "ln_tuning",
+        {},
+        count=whole,
+        oracle=lambda W, p, shared: p["value"].reshape(W.shape),
+        bad=(BadInput({"targets": "group_norm"}, "matches no parameter"),),
+    ),
+    Case(
         "lora",
         {"rank": 3, "alpha": 6.0},
         count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),

@@ -4,6 +4,7 @@ from pefts.methods.adalora import adalora
 from pefts.methods.bottleneck import bottleneck
 from pefts.methods.dora import dora
 from pefts.methods.full import bitfit, full, head_only
+from pefts.methods.ln_tuning import ln_tuning
 from pefts.methods.lora import lora
 from pefts.methods.prompt import prompt
 from pefts.methods.sara import sara
@@ -16,6 +17,7 @@ METHODS = {
     "dora": dora,
     "full": full,
     "head_only": head_only,
+    "ln_tuning": ln_tuning,
     "lora": lora,
     "prompt": prompt,
     "sara": sara,
