@@ -145,7 +145,7 @@ def picture(rows: list[dict[str, Any]], floor: dict[str, float], file: Path) -> 
     for method, point in points.items():
         axes.scatter(*point, color="tab:blue", zorder=3)
         # The label lies on the side that faces away from the nearest other point.
-        others = [p for name, p in points.items() if name != method]
+        others = [p for name, p in points.items() if name != method] or [point]
         nearest = min(
             others, key=lambda p: abs(np.log(p[0] / point[0])) + 200 * abs(p[1] - point[1])
         )
