@@ -108,22 +108,19 @@ def _combine(
         keep = wanted[label]
         if keep is None:
             return params
-        return paths.keep(params, lambda path: path.startswith(paths.RESERVED) or keep(path))
+        return paths.keep(params, lambda path: path == paths.RESERVED or keep(path))
 
     def init(key: jax.Array, params: Params, stats: Any = None) -> PeftState:
         states = {
             label: member.init(targets.site_key(key, label), part(params, label), stats)
             for label, member in members.items()
         }
-        return PeftState(
-            {label: state.trainable for label, state in states.items()},
-            {label: state.frozen for label, state in states.items()},
-        )
+        return _joined(states)
 
     def bind(params: Params, state: PeftState, **context: Any) -> dict[str, Any]:
         for label, member in members.items():
             bound = member.bind(part(params, label), _member(state, label), **context)
-            params = {**paths.replace(params, paths.flatten(bound))}
+            params = paths.replace(params, paths.flatten(bound))
         return dict(params)
 
     def merge(params: Params, state: PeftState) -> dict[str, Any]:
@@ -143,10 +140,7 @@ def _combine(
             label: member.update(_member(state, label), grads[label], step)
             for label, member in members.items()
         }
-        return PeftState(
-            {label: state.trainable for label, state in new.items()},
-            {label: state.frozen for label, state in new.items()},
-        )
+        return _joined(new)
 
     traits = [member.traits for member in members.values()]
     return Peft(init, bind, merge, penalty, update, _combined(traits), config)
@@ -154,6 +148,13 @@ def _combine(
 
 def _member(state: PeftState, label: str) -> PeftState:
     return PeftState(state.trainable[label], state.frozen[label])
+
+
+def _joined(states: Mapping[str, PeftState]) -> PeftState:
+    return PeftState(
+        {label: state.trainable for label, state in states.items()},
+        {label: state.frozen for label, state in states.items()},
+    )
 
 
 def _combined(traits: list[Traits]) -> Traits:

@@ -74,9 +74,7 @@ class Peft(NamedTuple):
     bind: BindFn  # (params, state, **context) -> params with bound kernels
     merge: MergeFn  # (params, state) -> dense params, same structure and dtypes
     penalty: PenaltyFn  # (state) -> scalar to add to the loss
-    update: (
-        UpdateFn  # (state, grads, step) -> state; after each optimizer step, inside the jitted step
-    )
+    update: UpdateFn  # (state, grads, step) -> state; after each optimizer step, under jit
     traits: Traits
     config: Mapping[str, Any]  # {"method": name, **hyperparameters}: JSON-able, rebuilds the method
 

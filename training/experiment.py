@@ -14,7 +14,8 @@ import models
 import pefts
 from configs.base import Config
 from data import pipeline
-from pefts import optimizers, paths, targets
+from pefts import optimizers, targets
+from pefts.optimizers import decay
 
 HEAD = r"(^|/)classifier/"
 
@@ -120,15 +121,10 @@ def _named(name: str) -> Any:
 
 def _by_pattern(patterns: Mapping[str, float], tree: Any) -> Any:
     """A tree of one number per leaf: that of the first pattern found in its path, else 1."""
-    flat = paths.flatten(tree)
+    names = decay.leaf_paths(tree)
     for pattern in patterns:
-        targets.match(pattern, flat, argument="optimizer pattern")
-
-    def number(path: tuple[Any, ...], leaf: Any) -> float:
-        del leaf
-        return targets.first(patterns.items(), "/".join(key.key for key in path), 1.0)
-
-    return jax.tree_util.tree_map_with_path(number, tree)
+        targets.match(pattern, jax.tree.leaves(names), argument="optimizer pattern")
+    return jax.tree.map(lambda name: targets.first(patterns.items(), name, 1.0), names)
 
 
 def plain(section: Any) -> Any:
