@@ -446,3 +446,14 @@ def test_every_method_returns_the_contract() -> None:
         assert isinstance(build, type(pefts.lora)) and build.__name__ == name
     assert list(pefts.METHODS) == sorted(pefts.METHODS)
     assert isinstance(pefts.lora(), pefts.Peft)
+
+
+def test_a_partition_takes_no_leaf_for_the_reserved_key(key: jax.Array) -> None:
+    params = {name: {"kernel": jnp.ones((6, 4))} for name in ("pefts_body", "other")}
+    split = pefts.partition(
+        {"a": pefts.lora(rank=1, targets="."), "b": pefts.lora(rank=2, targets=".")},
+        {"body": "a", "other": "b"},
+    )
+    state = split.init(key, params)
+    assert set(state.trainable["a"]) == {"pefts_body/kernel"}
+    assert set(state.trainable["b"]) == {"other/kernel"}
