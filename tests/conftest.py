@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Level 0 halves the time XLA takes to compile; the arithmetic stays the same.
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import tiny_checkpoint  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +25,16 @@ from tiny_encoders import bert_folder, checkpoints, transformers  # noqa: E402, 
 def key() -> jax.Array:
     """A random key; fold_in or split it for more."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def optax_promotes_its_step_count() -> Iterator[None]:
+    """For whole training steps: optax's Adam mixes integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a tiny random BERT."""
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("base"))

@@ -2,13 +2,11 @@
 
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
 from ml_collections import ConfigDict
 
 import train
@@ -16,17 +14,7 @@ from training import checkpoint, evaluate, report
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*_*.py"))
 CONFIGS = [file.stem for file in FILES if file.stem != "__init__"]
-
-
-@pytest.fixture(autouse=True)
-def _optax_promotes_its_step_count() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("optax_promotes_its_step_count")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

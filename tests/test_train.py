@@ -6,13 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import tiny_checkpoint
 from ml_collections import ConfigDict
 
 import pefts
@@ -22,17 +20,7 @@ from training import checkpoint, evaluate, experiment, report
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _optax_promotes_its_step_count() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("optax_promotes_its_step_count")
 
 
 @pytest.fixture
