@@ -5,6 +5,7 @@ from typing import Any
 
 from pefts.calibrate import calibrate
 from pefts.compose import chain, partition
+from pefts.convert import to_lora
 from pefts.core import Peft, PeftState, Traits, count, randomize, stack
 from pefts.hf_format import export_hf, import_hf
 from pefts.inject import apply, infer_axes
@@ -35,6 +36,7 @@ __all__ = [
     "randomize",
     "save",
     "stack",
+    "to_lora",
     *METHODS,
 ]
 

@@ -68,9 +68,8 @@ class Rule(NamedTuple):
     inputs: Callable[[tuple, dict, State], tuple[tuple, dict]] | None = (
         None  # the model's arguments
     )
-    plan: Callable[[jax.Array, Any], dict[str, Any]] | None = (
-        None  # (stacked W, site) -> static facts
-    )
+    # (p, call) -> A (d_in, m), B (m, d_out) where W' = W + A B: see pefts.low_rank
+    factors: Callable[[State, Call], tuple[jax.Array, jax.Array]] | None = None
     through_dot: bool = (
         False  # `linear` touches x by call.dot alone: embeddings and convolutions too
     )

@@ -129,9 +129,12 @@ def _combine(
             params = paths.replace(params, paths.flatten(dense))
         return dict(params)
 
-    def penalty(state: PeftState) -> jax.Array:
+    def penalty(state: PeftState, params: Params | None = None) -> jax.Array:
         return sum(
-            (member.penalty(_member(state, label)) for label, member in members.items()),
+            (
+                member.penalty(_member(state, label), params and part(params, label))
+                for label, member in members.items()
+            ),
             start=jax.numpy.zeros((), jax.numpy.float32),
         )
 
@@ -163,6 +166,7 @@ def _combined(traits: list[Traits]) -> Traits:
         identity_at_init=all(t.identity_at_init for t in traits),
         stochastic=any(t.stochastic for t in traits),
         needs=tuple(sorted({need for t in traits for need in t.needs})),
+        components=max(t.components for t in traits),
         shapes_from_values=any(t.shapes_from_values for t in traits),
         restart_steps=tuple(sorted({step for t in traits for step in t.restart_steps})),
     )

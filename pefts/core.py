@@ -25,6 +25,9 @@ from pefts.bound import Ambient, BoundKernel, Rule, effective_kernel, next_owner
 from pefts.targets import Selection, Site
 
 Params = Mapping[str, Any]
+Sites = tuple[Site, ...]
+CONTEXT = "context"  # among a method's needs: arguments of `bind` that depend on the batch
+FULL_PRECISION = functools.partial(jax.default_matmul_precision, "highest")
 SHARED = "shared"  # the key of a state under which lies what belongs to all sites at once
 
 
@@ -42,7 +45,8 @@ class Traits:
     mergeable: bool = True  # `merge` exists
     identity_at_init: bool = True  # a fresh state leaves the model's outputs unchanged
     stochastic: bool = False  # the product uses the "dropout" random stream when there is one
-    needs: tuple[str, ...] = ()  # of "activations", "gradients" (calibrate) and "context"
+    needs: tuple[str, ...] = ()  # statistics of pefts.calibrate by name, and "context"
+    components: int = 0  # how many of them, where "pca" is among the needs
     shapes_from_values: bool = False  # state shapes depend on the weights: no abstract init
     restart_steps: tuple[int, ...] = ()  # after these updates the optimizer's moments are void
 
@@ -60,7 +64,7 @@ class MergeFn(Protocol):
 
 
 class PenaltyFn(Protocol):
-    def __call__(self, state: PeftState) -> jax.Array: ...
+    def __call__(self, state: PeftState, params: Params | None = None) -> jax.Array: ...
 
 
 class UpdateFn(Protocol):
@@ -73,10 +77,16 @@ class Peft(NamedTuple):
     init: InitFn  # (key, params, stats) -> state
     bind: BindFn  # (params, state, **context) -> params with bound kernels
     merge: MergeFn  # (params, state) -> dense params, same structure and dtypes
-    penalty: PenaltyFn  # (state) -> scalar to add to the loss
+    penalty: PenaltyFn  # (state, params) -> scalar to add to the loss; most need no params
     update: UpdateFn  # (state, grads, step) -> state; after each optimizer step, under jit
     traits: Traits
     config: Mapping[str, Any]  # {"method": name, **hyperparameters}: JSON-able, rebuilds the method
+
+
+class PrepareFn(Protocol):
+    def __call__(
+        self, sites: Sites, matrix_of: Callable[[Site], jax.Array], stats: Any
+    ) -> tuple[Sites, Any]: ...
 
 
 class Declaration(NamedTuple):
@@ -87,14 +97,18 @@ class Declaration(NamedTuple):
     traits: Traits = Traits()
     rank: int = 0  # 0: the kernels have no rank of their own, and rank_pattern is refused
     alpha: float | None = None  # None: no Site.alpha is read, and alpha_pattern is refused
-    init_shared: Callable[[jax.Array, tuple[Site, ...]], tuple[dict, dict]] | None = None
+    # Decides over all sites before any is initialised: static facts, ranks, which sites stay. What
+    # it puts into a site's stats reaches `rule.init`, one slice (*stack, ...) for each layer.
+    prepare: PrepareFn | None = None
+    init_shared: Callable[[jax.Array, Sites], tuple[dict, dict]] | None = None
     penalty: PenaltyFn | None = None
     update: UpdateFn | None = None
+    failure: str = "its decomposition failed"  # why a finite kernel may give a state of NaN or Inf
 
 
-def zero_penalty(state: PeftState) -> jax.Array:
+def zero_penalty(state: PeftState, params: Params | None = None) -> jax.Array:
     """The penalty of a method that has none."""
-    del state
+    del state, params
     return jnp.zeros((), jnp.float32)
 
 
@@ -144,17 +158,11 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
 
     def init(key: jax.Array, params: Params, stats: Any = None) -> PeftState:
         flat = paths.flatten(params)
-        sites = tuple(_plan(rule, site, flat[site.path]) for site in select(params))
+        sites = select(params)
         _check_stats(traits, stats, sites, config)
-        trainable, frozen = {}, {}
-        for site in sites:
-            site_stats = None if stats is None else stats.get(site.path)
-            pair = _init_site(rule, key, site, flat[site.path], site_stats)
-            trainable[site.path], frozen[site.path] = pair
-        if declaration.init_shared is not None:
-            shared_key = targets.site_key(key, SHARED)
-            trainable[SHARED], frozen[SHARED] = declaration.init_shared(shared_key, sites)
-        state = PeftState(_without_empty(trainable), _without_empty(frozen))
+        with FULL_PRECISION():
+            state = _init_sites(declaration, key, flat, sites, stats)
+        _check_finite(state, flat, declaration.failure, str(config["method"]))
         # A leaf may still be the base's own buffer, or twice the same; a step that donates its
         # state would then delete the base.
         return jax.tree.map(jnp.copy, state)
@@ -184,7 +192,9 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
                 "pefts.apply(...) on peft.bind(params, state) instead."
             )
         flat, bound, ambient = sites_of(params, state)
-        return paths.unflatten({**flat, **{k.path: _dense_leaf(k, ambient) for k in bound}})
+        with FULL_PRECISION():
+            dense = {k.path: _dense_leaf(k, ambient) for k in bound}
+        return paths.unflatten({**flat, **dense})
 
     return Peft(
         init,
@@ -244,39 +254,92 @@ def _check_patterns(declaration: Declaration, method: str) -> None:
             )
 
 
-def _check_stats(
-    traits: Traits, stats: Any, sites: tuple[Site, ...], config: Mapping[str, Any]
-) -> None:
-    wanted = [need for need in traits.needs if need in ("activations", "gradients")]
-    missing = [site.path for site in sites if site.path not in (stats or {})]
-    if wanted and missing:
+def _check_stats(traits: Traits, stats: Any, sites: Sites, config: Mapping[str, Any]) -> None:
+    for need in traits.needs:
+        if need == CONTEXT:
+            continue
+        name = "components" if need == "pca" else need
+        for site in sites:
+            found = (stats or {}).get(site.path, {})
+            if name not in found:
+                raise ValueError(
+                    f"{config['method']} initialises from the statistic {need!r}, and there is "
+                    f"none for {site.path!r}: call stats = pefts.calibrate(lambda variables, "
+                    "batch: model.apply(variables, ...), params, batches, peft), and then "
+                    "peft.init(key, params, stats)."
+                )
+            _check_stat(name, tuple(found[name].shape), site)
+
+
+def _check_stat(name: str, shape: tuple[int, ...], site: Site) -> None:
+    last = (site.d_out,) if name == "gradient" else (site.d_in,)
+    rows = shape[-2:-1] if name == "components" else (site.d_in,)
+    expected = (*site.stack, *rows, *last)
+    if shape != expected:
         raise ValueError(
-            f"{config['method']} initialises from {' and '.join(wanted)}, and there are none for "
-            f"{missing[0]!r}: call stats = pefts.calibrate(lambda variables, batch: "
-            "model.apply(variables, ...), params, batches, targets=...) with the method's own "
-            "targets, and then peft.init(key, params, stats)."
+            f"stats: {name!r} of {site.path!r} has shape {shape}, and a kernel of shape "
+            f"{site.shape} needs {expected}: they were collected from another model; call "
+            "pefts.calibrate with these params."
         )
 
 
-def _plan(rule: Rule, site: Site, leaf: jax.Array) -> Site:
-    if rule.plan is None:
-        return site
-    static = rule.plan(views.to_matrix(leaf, site.axes), site)
-    return dataclasses.replace(site, static=tuple(sorted(static.items())))
+def _init_sites(
+    declaration: Declaration, key: jax.Array, flat: Mapping[str, Any], sites: Sites, stats: Any
+) -> PeftState:
+    def matrix_of(site: Site) -> jax.Array:
+        return views.to_matrix(flat[site.path], site.axes)
+
+    if declaration.prepare is not None:
+        sites, stats = declaration.prepare(sites, matrix_of, stats)
+    trainable, frozen = {}, {}
+    for site in sites:
+        site_stats = None if stats is None else stats.get(site.path)
+        pair = _init_site(declaration.rule, key, site, matrix_of(site), site_stats)
+        trainable[site.path], frozen[site.path] = pair
+    if declaration.init_shared is not None:
+        shared_key = targets.site_key(key, SHARED)
+        trainable[SHARED], frozen[SHARED] = declaration.init_shared(shared_key, sites)
+    return PeftState(_without_empty(trainable), _without_empty(frozen))
 
 
 def _init_site(
-    rule: Rule, key: jax.Array, site: Site, leaf: Any, stats: Any
+    rule: Rule, key: jax.Array, site: Site, matrix: jax.Array, stats: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     key = targets.site_key(key, site.path)
-    matrix = views.to_matrix(leaf, site.axes)
-    one = functools.partial(rule.init, site=site)
-    if not site.stack:
-        return one(key, matrix, stats=stats)
-    keys = jax.random.split(key, site.stack)
+    keys = jax.random.split(key, site.stack) if site.stack else key
+
+    def one(args: tuple[jax.Array, jax.Array, Any]) -> tuple[dict, dict]:
+        return rule.init(args[0], args[1], site=site, stats=args[2])
+
+    # One layer after the other: a decomposition's workspace, and the gathering of a kernel that is
+    # sharded over devices, are those of a single matrix.
     for _ in site.stack:
-        one = jax.vmap(one)
-    return one(keys, matrix, stats=stats)
+        one = functools.partial(jax.lax.map, one)
+    return one((keys, matrix, stats))
+
+
+def _check_finite(state: PeftState, flat: Mapping[str, Any], failure: str, method: str) -> None:
+    """Refuse a state with NaN or Inf; inside jit, where values are unknown, nothing is checked."""
+    for groups in state:
+        for path, group in groups.items():
+            for name, leaf in group.items():
+                if _is_finite(leaf):
+                    continue
+                bad_kernel = path in flat and not _is_finite(flat[path])
+                reason = "the kernel itself holds NaN or infinite values" if bad_kernel else failure
+                raise ValueError(
+                    f"{method}: the initial {name!r} of {path!r} is not finite: {reason}. Repair "
+                    "or exclude it."
+                )
+
+
+def _is_finite(leaf: Any) -> bool:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return True
+    try:
+        return bool(jnp.all(jnp.isfinite(leaf)))
+    except jax.errors.ConcretizationTypeError:
+        return True
 
 
 def _by_site(state: PeftState) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from pefts import io
+from pefts.convert import to_lora
 from pefts.core import SHARED, Params, Peft, PeftState
 from pefts.formats import FORMATS, selection, whole
 from pefts.formats.base import Base, NameMap, letters
@@ -45,8 +46,9 @@ def export_hf(
 
     Args:
       folder: made if absent; each file is complete or not written.
-      peft: a method of pefts.formats.FORMATS, or a chain or partition of one of them and leaves
-        that are trained outright (full, head_only, bitfit), which become modules_to_save and bias.
+      peft: a method of pefts.formats.FORMATS or one that `to_lora` converts, which becomes a plain
+        LoRA on the same base; or a chain or partition of one of them and leaves that are trained
+        outright (full, head_only, bitfit), which become modules_to_save and bias.
       state: its state.
       params: the base.
       names: the model's name map. Its prefix must be that of the torch model the adapter is for:
@@ -72,7 +74,7 @@ def export_hf(
       >>> pefts.import_hf(folder, params, names)[0].config["rank"]
       2
     """
-    config, adapter, trained = _split(peft, state)
+    config, adapter, trained = _split(*_exportable(peft, state, params))
     format = FORMATS[config["method"]]
     free = {*selection.ABOUT, *format.ignored}
     if not free.issuperset(info):
@@ -175,6 +177,14 @@ def _members(config: Mapping[str, Any], state: PeftState) -> Iterator[tuple[Any,
         yield from _members(members[label], inner)
 
 
+def _exportable(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
+    """The same adapter as a plain LoRA, where it has no format of its own but a LoRA can say it."""
+    methods = {config["method"] for config, _ in _members(peft.config, state)}
+    if methods <= {*FORMATS, *whole.METHODS}:
+        return peft, state
+    return to_lora(peft, state, params)
+
+
 def _split(peft: Peft, state: PeftState) -> tuple[Mapping[str, Any], PeftState, dict[str, Any]]:
     """(config and state of the one adapter, {path: value} of the leaves trained outright)."""
     adapters, trained = [], {}
@@ -185,12 +195,6 @@ def _split(peft: Peft, state: PeftState) -> tuple[Mapping[str, Any], PeftState, 
         for path, group in part.trainable.items():
             trained[path] = io.gather(path, group["value"])
     found = [config["method"] for config, _ in adapters]
-    unknown = [name for name in found if name not in FORMATS]
-    if unknown:
-        raise ValueError(
-            f"Hugging Face PEFT has no format for {unknown[0]!r}; exported are {sorted(FORMATS)}. "
-            "Use pefts.save for the adapter, or peft.merge and save the model."
-        )
     if len(found) != 1:
         raise ValueError(
             f"a folder holds exactly one adapter and this method has {len(found)} ({found}): "

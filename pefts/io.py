@@ -20,7 +20,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from pefts import fingerprint
-from pefts.core import Params, Peft, PeftState
+from pefts.core import CONTEXT, Params, Peft, PeftState
 from pefts.registry import from_config
 
 FORMAT_VERSION = 1
@@ -301,7 +301,7 @@ def check_state(peft: Peft, state: PeftState, params: Params, source: str) -> No
 
 def check_structure(peft: Peft, params: Params, leaves: Mapping[str, Any], source: str) -> None:
     """Raise ValueError unless the leaves are those that `peft.init` makes on these params."""
-    from_data = {"activations", "gradients"} & set(peft.traits.needs)
+    from_data = set(peft.traits.needs) - {CONTEXT}
     if peft.traits.shapes_from_values or from_data:
         # Such an init cannot run abstractly; the list of leaves and the fingerprint have to do.
         return

@@ -97,6 +97,7 @@ class Selection:
         chosen = match(self.targets, leaves, argument="targets")
         if self.exclude:
             chosen -= match(self.exclude, leaves, argument="exclude")
+        _check_floating({path: leaves[path] for path in sorted(chosen)})
         if not chosen:
             raise ValueError(
                 f"exclude={self.exclude!r} leaves nothing of what targets={self.targets!r} matches."
@@ -209,9 +210,22 @@ def _is_linear(path: str) -> bool:
 
 
 def _is_candidate(path: str, leaf: Any, vectors: bool) -> bool:
-    if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not hasattr(leaf, "shape"):
         return False
-    return vectors or (len(leaf.shape) >= 2 and not path.endswith(VECTORS))
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    # One byte or less: a quantised kernel, which must not be passed over in silence.
+    if not floating and leaf.dtype.itemsize > 1:
+        return False
+    return (vectors and floating) or (len(leaf.shape) >= 2 and not path.endswith(VECTORS))
+
+
+def _check_floating(chosen: Mapping[str, Any]) -> None:
+    for path, leaf in chosen.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"targets match {path!r}, which is {leaf.dtype}: a floating-point kernel is needed "
+                "here; dequantise it first, or exclude it."
+            )
 
 
 def _axes_of(path: str, shape: tuple[int, ...], table: tuple[tuple[str, str], ...]) -> str:

@@ -86,8 +86,9 @@ class Subject:
 
     @functools.cached_property
     def stats(self) -> Any:
-        needs = set(self.peft.traits.needs) - {"context"}
-        return calibrated(tuple(sorted(needs))) if needs else None
+        traits = self.peft.traits
+        needs = tuple(sorted(set(traits.needs) - {core.CONTEXT}))
+        return calibrated(needs, traits.components) if needs else None
 
     @functools.cached_property
     def state(self) -> pefts.PeftState:
@@ -106,14 +107,12 @@ class Subject:
     def sites(self) -> tuple[Site, ...]:
         declared = self.declaration
         found = declared.selection.resolve(self.params, rank=declared.rank, alpha=declared.alpha)
-        return tuple(self._planned(site) for site in found)
-
-    def _planned(self, site: Site) -> Site:
-        rule = self.declaration.rule
-        if rule.plan is None:
-            return site
-        matrix = views.to_matrix(paths.flatten(self.params)[site.path], site.axes)
-        return dataclasses.replace(site, static=tuple(sorted(rule.plan(matrix, site).items())))
+        if declared.prepare is None:
+            return found
+        flat = paths.flatten(self.params)
+        return declared.prepare(
+            found, lambda site: views.to_matrix(flat[site.path], site.axes), self.stats
+        )[0]
 
     @functools.cached_property
     def forward(self) -> Callable[[pefts.PeftState], jax.Array]:
@@ -191,9 +190,8 @@ class Training:
 
 
 @functools.cache
-def calibrated(needs: tuple[str, ...]) -> Any:
-    """Statistics of every kernel on two batches, of all kinds that these needs may ask for."""
-    kinds = {"activations": ("second_moment",), "gradients": ("gradient",)}
+def calibrated(needs: tuple[str, ...], components: int) -> Any:
+    """The statistics that a method needs of every kernel, from two batches."""
 
     def run(variables: Any, batch: Any) -> jax.Array:
         return tiny.Classifier().apply(variables, *batch)
@@ -203,9 +201,15 @@ def calibrated(needs: tuple[str, ...]) -> Any:
         base_params(),
         [tiny.inputs(seed) for seed in (5, 6)],
         axes=model_axes(True),
-        collect=[kind for need in needs for kind in kinds.get(need, ())],
-        loss=lambda logits, batch: jnp.mean((logits - random_logits()) ** 2),
+        collect=needs,
+        components=components or None,
+        loss=_distance if "gradient" in needs else None,
     )
+
+
+def _distance(logits: jax.Array, batch: Any) -> jax.Array:
+    del batch
+    return jnp.mean((logits - random_logits()) ** 2)
 
 
 def subject_of(case: Case) -> Subject:

@@ -319,7 +319,8 @@ def test_shared_state_reaches_every_site_and_its_own_method(params: dict) -> Non
 
 
 def test_penalties_and_updates_of_members(params: dict) -> None:
-    def penalty(state: pefts.PeftState) -> jax.Array:
+    def penalty(state: pefts.PeftState, params: Any = None) -> jax.Array:
+        del params
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state.trainable))
 
     def update(state: pefts.PeftState, grads: Any, step: jax.Array) -> pefts.PeftState:
@@ -340,10 +341,10 @@ def test_penalties_and_updates_of_members(params: dict) -> None:
 
 
 def test_traits_combine() -> None:
-    first = Traits(mergeable=False, stochastic=True, needs=("gradients",), restart_steps=(5, 2))
+    first = Traits(mergeable=False, stochastic=True, needs=("gradient",), restart_steps=(5, 2))
     second = Traits(
         identity_at_init=False,
-        needs=("activations", "gradients"),
+        needs=("gradient", "second_moment"),
         shapes_from_values=True,
         restart_steps=(2, 9),
     )
@@ -352,7 +353,7 @@ def test_traits_combine() -> None:
         mergeable=False,
         identity_at_init=False,
         stochastic=True,
-        needs=("activations", "gradients"),
+        needs=("gradient", "second_moment"),
         shapes_from_values=True,
         restart_steps=(2, 5, 9),
     )
@@ -360,8 +361,10 @@ def test_traits_combine() -> None:
 
 
 def test_missing_statistics_are_named(params: dict) -> None:
-    peft = scaling("hungry", traits=Traits(needs=("activations",)))
-    with pytest.raises(ValueError, match="hungry initialises from activations.*calibrate"):
+    peft = scaling("hungry", traits=Traits(needs=("second_moment",)))
+    with pytest.raises(
+        ValueError, match="hungry initialises from the statistic 'second_moment'.*calibrate"
+    ):
         peft.init(jax.random.key(0), params)
 
 

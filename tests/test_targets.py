@@ -187,3 +187,13 @@ def test_site_keys_depend_on_the_path_alone(params: dict) -> None:
     more = pefts.lora(rank=2, targets=["query", "up"]).init(key, params)
     assert np.array_equal(one.trainable[QUERY]["A"], more.trainable[QUERY]["A"])
     assert not np.array_equal(more.trainable[QUERY]["A"], more.trainable[UP]["A"])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_a_quantised_kernel_is_refused_by_name(dtype: str) -> None:
+    params = {"up": {"kernel": jnp.ones((4, 3), dtype)}, "down": {"kernel": jnp.ones((3, 4))}}
+    with pytest.raises(ValueError, match=f"'up/kernel', which is {dtype}.*dequantise"):
+        targets.selection().resolve(params)
+    assert [site.path for site in targets.selection(exclude="up").resolve(params)] == [
+        "down/kernel"
+    ]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefts.bound import Call, Rule, State, matmul
-from pefts.core import Declaration, PeftState, Traits, factory
+from pefts.core import Declaration, Params, PeftState, Traits, factory
 from pefts.methods.lora import check_dropout, drop
 from pefts.targets import Select, Site, selection
 
@@ -121,7 +121,8 @@ def adalora(
         h = h * weight.reshape((1,) * (h.ndim - 1) + weight.shape)
         return call.dot(x, W) + matmul(h, p["B"])
 
-    def orthogonality(state: PeftState) -> jax.Array:
+    def orthogonality(state: PeftState, params: Params | None = None) -> jax.Array:
+        del params
         return gamma * _mean_distance(state)
 
     def update(state: PeftState, grads: Any, step: jax.Array) -> PeftState:

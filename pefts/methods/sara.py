@@ -12,9 +12,10 @@ Trainable: #{|W| < theta}; p of stacked layers is padded to the layer with the m
 counts without the padding).
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 import jax
@@ -23,7 +24,7 @@ import numpy as np
 
 from pefts import paths
 from pefts.bound import Call, Rule, State
-from pefts.core import SHARED, Declaration, PeftState, Traits, factory
+from pefts.core import SHARED, Declaration, Params, PeftState, Sites, Traits, factory
 from pefts.targets import Select, Site, selection
 
 EVERY_LEAF = "."
@@ -87,7 +88,8 @@ def sara(
             return {}, {}
         return {}, {"seed": jax.random.bits(key, dtype=jnp.uint32), "step": jnp.int32(0)}
 
-    def penalty(state: PeftState) -> jax.Array:
+    def penalty(state: PeftState, params: Params | None = None) -> jax.Array:
+        del params
         return rank_penalty * _nuclear_norms(state, min_side, random_mode)
 
     def update(state: PeftState, grads: Any, step: jax.Array) -> PeftState:
@@ -98,13 +100,13 @@ def sara(
         rule=Rule(
             functools.partial(_start, threshold=threshold, progressive=reselect_step is not None),
             effective,
-            plan=functools.partial(_plan, threshold=threshold),
         ),
         selection=selection(default=EVERY_LEAF, vectors=True, **select),
         traits=Traits(
             shapes_from_values=True,
             restart_steps=() if reselect_step is None else (reselect_step,),
         ),
+        prepare=functools.partial(_count_entries, threshold=threshold),
         init_shared=shared,
         penalty=penalty if rank_penalty > 0 else None,
         update=update if random_mode or reselect_step is not None else None,
@@ -172,7 +174,18 @@ def _precise(W: jax.Array) -> jax.Array:
     return W.astype(W.dtype if W.dtype == jnp.float64 else jnp.float32)
 
 
-def _plan(W: jax.Array, site: Site, *, threshold: float) -> dict[str, Any]:
+def _count_entries(
+    sites: Sites, matrix_of: Callable[[Site], jax.Array], stats: Any, *, threshold: float
+) -> tuple[Sites, Any]:
+    def counted(site: Site) -> Site:
+        nnz = _entries(matrix_of(site), site, threshold)
+        return dataclasses.replace(site, static=(("nnz", nnz),))
+
+    return tuple(counted(site) for site in sites), stats
+
+
+def _entries(W: jax.Array, site: Site, threshold: float) -> int:
+    """How many entries of a layer are selected, at most."""
     try:
         nnz = int(jnp.max(jnp.sum(_small(W, threshold), axis=(-2, -1))))
     except jax.errors.ConcretizationTypeError:
@@ -185,7 +198,7 @@ def _plan(W: jax.Array, site: Site, *, threshold: float) -> dict[str, Any]:
             f"sara: {site.path!r} has {site.d_in} x {site.d_out} entries, too many for "
             "32-bit indices; exclude it."
         )
-    return {"nnz": nnz}
+    return nnz
 
 
 def _start(

@@ -1,0 +1,124 @@
+"""Any additive low-rank adapter as a plain LoRA on the same base: `to_lora`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pefts import linalg, paths
+from pefts.bound import Ambient, BoundKernel
+from pefts.compose import chain, partition
+from pefts.core import FULL_PRECISION, Params, Peft, PeftState
+from pefts.registry import from_config
+
+
+def to_lora(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
+    """The same change of the base as a LoRA: W + A B with A (d_in, m), B (m, d_out) and scale 1.
+
+    m is the rank of the method's change: r where it adds factors to W, 2r where its factors take
+    over a part of W. It is never above the kernel's smaller side.
+
+    Args:
+      peft: a method whose change of a kernel is a low-rank product, or a chain or partition of such
+        methods and leaves that are trained outright.
+      state: its state.
+      params: the base.
+
+    Returns:
+      (peft, state) of a LoRA with the same outputs; parts that are no adapters of kernels
+      (`full`, `head_only`, `bitfit`) and LoRAs stay as they are.
+
+    Raises:
+      ValueError: a method without such factors, or one whose kernels other methods adapt too.
+
+    Example:
+      >>> import jax, pefts
+      >>> params = {"query": {"kernel": jax.numpy.eye(6, 4)}}
+      >>> peft = pefts.pissa(rank=1)
+      >>> lora, state = pefts.to_lora(peft, peft.init(jax.random.key(0), params), params)
+      >>> lora.config["method"], lora.config["rank"]
+      ('lora', 2)
+    """
+    members = peft.config.get("members")
+    if members is None:
+        return _converted(peft, state, params)
+    labels = (
+        list(members) if isinstance(members, Mapping) else [str(n) for n in range(len(members))]
+    )
+    configs = list(members.values()) if isinstance(members, Mapping) else list(members)
+    parts = {
+        label: _converted(
+            from_config(config),
+            PeftState(state.trainable[label], state.frozen[label]),
+            params,
+        )
+        for label, config in zip(labels, configs, strict=True)
+    }
+    pefts = {label: part for label, (part, _) in parts.items()}
+    joined = PeftState(
+        {label: part.trainable for label, (_, part) in parts.items()},
+        {label: part.frozen for label, (_, part) in parts.items()},
+    )
+    if isinstance(members, Mapping):
+        return partition(pefts, peft.config["labels"]), joined
+    return chain(*pefts.values()), joined
+
+
+def _converted(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
+    name = peft.config["method"]
+    flat = paths.flatten(peft.bind(params, state))
+    ambient = flat.pop(paths.RESERVED)
+    bound = {path: leaf for path, leaf in flat.items() if isinstance(leaf, BoundKernel)}
+    if name == "lora" or not bound:
+        return peft, state
+    trainable, frozen = {}, {}
+    for path, kernel in bound.items():
+        if kernel.rule.factors is None:
+            raise ValueError(
+                f"{name} does not change {path!r} by a low-rank product, so no LoRA does the same: "
+                "use peft.merge and save the model, or pefts.save for the adapter."
+            )
+        with FULL_PRECISION():
+            A, B = _factors(kernel, ambient)
+        trainable[path] = {"A": A, "B": B}
+        frozen[path] = {"scale": jnp.ones(A.shape[:-2], jnp.float32)}
+    ranks = {path: group["A"].shape[-1] for path, group in trainable.items()}
+    config = {
+        "method": "lora",
+        "rank": max(ranks.values()),
+        "alpha": float(max(ranks.values())),
+        "targets": "^(" + "|".join(re.escape(path) for path in bound) + ")$",
+        "axes": {_exactly(path): kernel.axes for path, kernel in bound.items()},
+    }
+    smaller = {_exactly(path): rank for path, rank in ranks.items() if rank != config["rank"]}
+    if smaller:
+        config["rank_pattern"] = smaller
+        config["alpha_pattern"] = {pattern: float(rank) for pattern, rank in smaller.items()}
+    return from_config(config), PeftState(trainable, frozen)
+
+
+def _factors(kernel: BoundKernel, ambient: Ambient) -> tuple[jax.Array, jax.Array]:
+    call = ambient.call(kernel)
+
+    def one(p: Any) -> tuple[jax.Array, jax.Array]:
+        A, B = kernel.rule.factors(p, call)  # type: ignore[misc]
+        A, B = A.astype(jnp.float32), B.astype(jnp.float32)
+        smaller_side = min(A.shape[0], B.shape[1])
+        return (A, B) if A.shape[1] <= smaller_side else _compressed(A, B, smaller_side)
+
+    for _ in range(kernel.axes.count("l")):
+        one = jax.vmap(one)
+    return one(kernel.state)
+
+
+def _compressed(A: jax.Array, B: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """A B, exactly, with no more columns than a matrix of its shape can need."""
+    U, S, V = linalg.svd(A @ B, rank)
+    root = jnp.sqrt(S)
+    return U * root[None], root[:, None] * V.T
+
+
+def _exactly(path: str) -> str:
+    return f"^{re.escape(path)}$"

@@ -1,0 +1,90 @@
+"""Trainable parameters that papers and their code report, from the shapes of the models alone."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pefts
+from pefts import core
+
+QUERY_VALUE = r"/(query|value)/"
+QUERY_KEY_VALUE = r"/(query|key|value)/"
+
+
+def encoder(layers: int, width: int) -> dict[str, tuple[int, int, int]]:
+    """BERT's linear kernels (layers, d_in, d_out)."""
+    square = dict.fromkeys(("query", "key", "value", "out"), (layers, width, width))
+    return square | {"up": (layers, width, 4 * width), "down": (layers, 4 * width, width)}
+
+
+def decoder(layers: int, width: int, kv: int, hidden: int) -> dict[str, tuple[int, int, int]]:
+    """Llama's seven projections (layers, d_in, d_out)."""
+    return {
+        "query": (layers, width, width),
+        "key": (layers, width, kv),
+        "value": (layers, width, kv),
+        "out": (layers, width, width),
+        "gate": (layers, width, hidden),
+        "up": (layers, width, hidden),
+        "down": (layers, hidden, width),
+    }
+
+
+MODELS = {
+    "gemma-2b": decoder(18, 2048, 256, 16384),
+    "llama-2-7b": decoder(32, 4096, 4096, 11008),  # LLaMA-7B has the same shapes
+    "llama-3.2-3b": decoder(28, 3072, 1024, 8192),
+    "mistral-7b": decoder(32, 4096, 1024, 14336),
+    "roberta-base": encoder(12, 768),
+    "roberta-large": encoder(24, 1024),
+}
+
+
+class Count(NamedTuple):
+    method: str
+    kwargs: Mapping[str, Any]
+    model: str
+    count: int
+    targets: str = "all-linear"
+
+
+COUNTS = (
+    Count("lora", {"rank": 2}, "llama-2-7b", 4_997_120),
+    Count("lora", {"rank": 64}, "mistral-7b", 167_772_160),
+    Count("lora", {"rank": 8}, "roberta-base", 294_912, QUERY_VALUE),
+    Count("lora", {"rank": 8}, "roberta-large", 786_432, QUERY_VALUE),
+)
+
+
+def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def abstract_stats(shapes: Mapping[str, tuple[int, int, int]], components: int) -> dict[str, Any]:
+    """What pefts.calibrate would return, without values."""
+    return {
+        f"layers/{name}/kernel": {
+            "gradient": abstract((layers, d_in, d_out)),
+            "second_moment": abstract((layers, d_in, d_in)),
+            "sample_moment": abstract((layers, d_in, d_in)),
+            "components": abstract((layers, components, d_in)),
+            "explained_variance_ratio": abstract((layers, components)),
+        }
+        for name, (layers, d_in, d_out) in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("row", COUNTS, ids=lambda row: f"{row.method}-{row.model}-{row.count}")
+def test_published_count(row: Count) -> None:
+    shapes = MODELS[row.model]
+    params = {"layers": {name: {"kernel": abstract(shape)} for name, shape in shapes.items()}}
+    build = pefts.METHODS[row.method]
+    peft = build(targets=row.targets, axes={"kernel": "lio"}, **row.kwargs)
+    needs = set(peft.traits.needs) - {core.CONTEXT}
+    stats = abstract_stats(shapes, peft.traits.components) if needs else None
+    state = jax.eval_shape(functools.partial(peft.init, jax.random.key(0)), params, stats)
+    assert pefts.count(state.trainable) == row.count
