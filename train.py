@@ -68,8 +68,8 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
             deterministic=deterministic,
             rngs={"dropout": key},
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        loss, penalty = jnp.mean(losses * batch["weight"]), peft.penalty(peft_state)
+        loss = experiment.cross_entropy(logits, batch)
+        penalty = peft.penalty(peft_state, params)
         return loss + penalty, (loss, penalty)
 
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
@@ -87,11 +87,13 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
     return step
 
 
-def initial_state(run: Experiment, steps: int) -> tuple[TrainState, optax.GradientTransformation]:
+def initial_state(
+    run: Experiment, steps: int, stats: Any
+) -> tuple[TrainState, optax.GradientTransformation]:
     """The state at step 0 and the optimizer that made it."""
     key = jax.random.key(run.config.seed)
     init_key, dropout_key = jax.random.split(key)
-    peft_state = run.peft.init(init_key, run.params)
+    peft_state = run.peft.init(init_key, run.params, stats)
     restarts = run.peft.traits.restart_steps
     tx = experiment.optimizer(run.config, peft_state.trainable, steps, restarts)
     opt_state = tx.init(peft_state.trainable)
@@ -134,7 +136,9 @@ def prepare(config: Config) -> Session:
     run = run._replace(params=sharding.replicate(mesh, run.params))
     batches = experiment.train_batches(run)
     steps = experiment.total_steps(config, batches)
-    state, tx = initial_state(run, steps)
+    first = (batches[n] for n in range(config.calibrate.batches))
+    stats = experiment.statistics(run, (sharding.split_batch(mesh, batch) for batch in first))
+    state, tx = initial_state(run, steps, stats)
     state = sharding.replicate(mesh, state)
 
     # One executable per batch length: nothing compiles again after the first batch of its length.

@@ -37,6 +37,8 @@ def encoder_classification(name: str, mode: str = "") -> Config:
         }
     )
     config.method = ConfigDict()
+    # Training batches that methods which start from data (CorDA, EVA, ...) look at first.
+    config.calibrate = ConfigDict({"batches": 8})
     config.head = True  # train the classification head beside the method
     config.optimizer = ConfigDict(
         {
@@ -70,3 +72,4 @@ def shrink(config: Config) -> None:
     config.data.max_length, config.data.buckets = 16, (16,)
     config.data.batch_size, config.data.eval_batch_size = 8, 8
     config.train.steps, config.train.eval_every, config.train.save_every = 2, 1, 1
+    config.calibrate.batches = 2

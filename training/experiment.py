@@ -1,7 +1,7 @@
 """From a config to everything a run needs: model, task, batches, method, optimizer."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import models
 import pefts
 from configs.base import Config
 from data import pipeline
-from pefts import optimizers, targets
+from pefts import core, optimizers, targets
 from pefts.optimizers import decay
 
 HEAD = r"(^|/)classifier/"
@@ -70,6 +70,38 @@ def train_batches(experiment: Experiment) -> pipeline.Batches:
         token_dropout=options.token_dropout,
         seed=experiment.config.seed,
     )
+
+
+def statistics(experiment: Experiment, batches: Iterable[Any]) -> Any:
+    """What the method has to know of the data before it starts; None for most methods.
+
+    Args:
+      experiment: its method says which statistics.
+      batches: the first training batches, placed on the devices.
+    """
+    needs = set(experiment.peft.traits.needs) - {core.CONTEXT}
+    if not needs:
+        return None
+
+    def forward(variables: Any, batch: Any) -> jax.Array:
+        return experiment.model.apply(
+            variables, batch["tokens"], batch["mask"], token_types=batch["token_types"]
+        )
+
+    return pefts.calibrate(
+        forward,
+        experiment.params,
+        batches,
+        experiment.peft,
+        loss=cross_entropy if "gradient" in needs else None,
+        weights="mask" if needs - {"gradient"} else None,
+    )
+
+
+def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean over a batch of the weighted cross-entropy with the labels."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return jax.numpy.mean(losses * batch["weight"])
 
 
 def total_steps(config: Config, batches: pipeline.Batches) -> int:
