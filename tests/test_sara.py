@@ -291,12 +291,12 @@ def test_another_models_state_is_refused(key) -> None:
 
 
 def test_a_leaf_too_large_for_its_indices_is_refused() -> None:
-    from pefts.methods.sara import _plan
+    from pefts.methods.sara import _entries
     from pefts.targets import Site
 
     site = Site("wte/embedding", (2**20, 2**11), "io")
     with pytest.raises(ValueError, match="wte/embedding.*too many for 32-bit indices"):
-        _plan(jnp.zeros((2, 3)), site, threshold=1.0)
+        _entries(jnp.zeros((2, 3)), site, threshold=1.0)
 
 
 # --- official golden vectors: torch kernels are ours transposed ---
