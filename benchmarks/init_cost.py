@@ -103,7 +103,7 @@ def _peak_bytes() -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, the slowest first."""
     lines = [
-        "| method | init, s | calibration, s | peak, MiB | Llama 1.2B: temporary, MiB | state, MiB |",
+        "| method | init, s | calibration, s | peak, MiB | Llama: temporary, MiB | state, MiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in sorted(rows, key=lambda row: -row["seconds"]):

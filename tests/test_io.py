@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,9 +338,11 @@ def sparse(width: int) -> pefts.Peft:
 
     @factory
     def rows(count: int = 1, **select: Any) -> Declaration:
-        def plan(W: jax.Array, site: Any) -> dict[str, Any]:
-            largest = np.argsort(-np.linalg.norm(np.asarray(W), axis=-1))[:count]
-            return {"rows": tuple(int(row) for row in largest)}
+        def prepare(sites: Any, matrix_of: Any, stats: Any) -> Any:
+            norms = [np.linalg.norm(np.asarray(matrix_of(site)), axis=-1) for site in sites]
+            largest = [tuple(int(row) for row in np.argsort(-n)[:count]) for n in norms]
+            chosen = zip(sites, largest, strict=True)
+            return tuple(replace(site, static=(("rows", rows),)) for site, rows in chosen), stats
 
         def init(key: jax.Array, W: jax.Array, *, site: Any, stats: Any) -> tuple[dict, dict]:
             chosen = jnp.array(dict(site.static)["rows"], jnp.int32)
@@ -349,7 +352,7 @@ def sparse(width: int) -> pefts.Peft:
             return W.at[p["rows"]].add(p["delta"].astype(W.dtype))
 
         traits = Traits(shapes_from_values=True, identity_at_init=False)
-        return Declaration(Rule(init, effective, plan=plan), selection(**select), traits)
+        return Declaration(Rule(init, effective), selection(**select), traits, prepare=prepare)
 
     return rows(count=width, targets="classifier/kernel")
 
