@@ -11,14 +11,17 @@ from pefts import linalg, paths
 from pefts.bound import Ambient, BoundKernel
 from pefts.compose import chain, partition
 from pefts.core import FULL_PRECISION, Params, Peft, PeftState
-from pefts.registry import from_config
+from pefts.low_rank import Factors
+from pefts.methods.dora import MAGNITUDE
+from pefts.registry import declare, from_config
 
 
 def to_lora(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
     """The same change of the base as a LoRA: W + A B with A (d_in, m), B (m, d_out) and scale 1.
 
     m is the rank of the method's change: r where it adds factors to W, 2r where its factors take
-    over a part of W. It is never above the kernel's smaller side.
+    over a part of W. It is never above the kernel's smaller side. A DoRA whose direction another
+    method updates becomes one whose direction A and B update, with the same magnitudes.
 
     Args:
       peft: a method whose change of a kernel is a low-rank product, or a chain or partition of such
@@ -27,7 +30,7 @@ def to_lora(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftSta
       params: the base.
 
     Returns:
-      (peft, state) of a LoRA with the same outputs; parts that are no adapters of kernels
+      (peft, state) of a LoRA (or DoRA) with the same outputs; parts that are no adapters of kernels
       (`full`, `head_only`, `bitfit`) and LoRAs stay as they are.
 
     Raises:
@@ -67,7 +70,9 @@ def to_lora(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftSta
 
 
 def _converted(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
-    name = peft.config["method"]
+    name, direction = peft.config["method"], direction_of(peft.config)
+    # The kernel of a DoRA is no sum, but the direction that it normalises is.
+    added = declare(direction).rule if direction else None
     flat = paths.flatten(peft.bind(params, state))
     ambient = flat.pop(paths.RESERVED)
     bound = {path: leaf for path, leaf in flat.items() if isinstance(leaf, BoundKernel)}
@@ -75,18 +80,21 @@ def _converted(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, Peft
         return peft, state
     trainable, frozen = {}, {}
     for path, kernel in bound.items():
-        if kernel.rule.factors is None:
+        factors = (added or kernel.rule).factors
+        if factors is None:
             raise ValueError(
                 f"{name} does not change {path!r} by a low-rank product, so no LoRA does the same: "
                 "use peft.merge and save the model, or pefts.save for the adapter."
             )
         with FULL_PRECISION():
-            A, B = _factors(kernel, ambient)
+            A, B = _product(factors, kernel, ambient)
         trainable[path] = {"A": A, "B": B}
+        if added is not None:
+            trainable[path][MAGNITUDE] = kernel.state[MAGNITUDE]
         frozen[path] = {"scale": jnp.ones(A.shape[:-2], jnp.float32)}
     ranks = {path: group["A"].shape[-1] for path, group in trainable.items()}
     config = {
-        "method": "lora",
+        "method": "lora" if added is None else name,
         "rank": max(ranks.values()),
         "alpha": float(max(ranks.values())),
         "targets": "^(" + "|".join(re.escape(path) for path in bound) + ")$",
@@ -99,11 +107,19 @@ def _converted(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, Peft
     return from_config(config), PeftState(trainable, frozen)
 
 
-def _factors(kernel: BoundKernel, ambient: Ambient) -> tuple[jax.Array, jax.Array]:
+def direction_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of the method that updates a DoRA's direction, where that is not LoRA."""
+    return config.get("direction") if config["method"] == "dora" else None
+
+
+def _product(
+    factors: Factors, kernel: BoundKernel, ambient: Ambient
+) -> tuple[jax.Array, jax.Array]:
+    """A and B of every layer, with no more columns than the kernel's smaller side."""
     call = ambient.call(kernel)
 
     def one(p: Any) -> tuple[jax.Array, jax.Array]:
-        A, B = kernel.rule.factors(p, call)  # type: ignore[misc]
+        A, B = factors(p, call)
         A, B = A.astype(jnp.float32), B.astype(jnp.float32)
         smaller_side = min(A.shape[0], B.shape[1])
         return (A, B) if A.shape[1] <= smaller_side else _compressed(A, B, smaller_side)

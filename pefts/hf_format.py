@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from pefts import io
-from pefts.convert import to_lora
+from pefts.convert import direction_of, to_lora
 from pefts.core import SHARED, Params, Peft, PeftState
 from pefts.formats import FORMATS, selection, whole
 from pefts.formats.base import Base, NameMap, letters
@@ -47,8 +47,8 @@ def export_hf(
     Args:
       folder: made if absent; each file is complete or not written.
       peft: a method of pefts.formats.FORMATS or one that `to_lora` converts, which becomes a plain
-        LoRA on the same base; or a chain or partition of one of them and leaves that are trained
-        outright (full, head_only, bitfit), which become modules_to_save and bias.
+        LoRA (or DoRA) on the same base; or a chain or partition of one of them and leaves that are
+        trained outright (full, head_only, bitfit), which become modules_to_save and bias.
       state: its state.
       params: the base.
       names: the model's name map. Its prefix must be that of the torch model the adapter is for:
@@ -179,8 +179,9 @@ def _members(config: Mapping[str, Any], state: PeftState) -> Iterator[tuple[Any,
 
 def _exportable(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
     """The same adapter as a plain LoRA, where it has no format of its own but a LoRA can say it."""
-    methods = {config["method"] for config, _ in _members(peft.config, state)}
-    if methods <= {*FORMATS, *whole.METHODS}:
+    configs = [config for config, _ in _members(peft.config, state)]
+    own = {*FORMATS, *whole.METHODS}
+    if all(config["method"] in own and not direction_of(config) for config in configs):
         return peft, state
     return to_lora(peft, state, params)
 

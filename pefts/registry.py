@@ -1,11 +1,12 @@
 """Methods by name, and back from the config that each of them carries."""
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from pefts.compose import chain, partition
-from pefts.core import Peft
+from pefts.core import Declaration, Peft
 from pefts.methods import METHODS
 
 
@@ -34,11 +35,33 @@ def from_config(config: Mapping[str, Any]) -> Peft:
             )
         members = {label: from_config(c) for label, c in arguments["members"].items()}
         return partition(members, arguments["labels"])
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=3)
-        raise ValueError(
-            f"method={name!r} is unknown"
-            + (f"; near names: {near}" if near else "")
-            + f". The methods are {sorted(METHODS)}."
-        )
-    return METHODS[name](**arguments)
+    return _factory(name)(**arguments)
+
+
+def declare(config: Mapping[str, Any]) -> Declaration:
+    """What a single method's file says of one kernel, for a method that builds on it.
+
+    Args:
+      config: {"method": name, **hyperparameters}, of a method that @factory makes.
+
+    Raises:
+      ValueError: an unknown method (near names are listed), hyperparameter, or a combination.
+    """
+    arguments = dict(config)
+    name = arguments.pop("method", None)
+    if name in ("chain", "partition"):
+        raise ValueError(f"method={name!r} is several methods, and one is needed here.")
+    build = _factory(name)
+    build(**arguments)  # checks the arguments
+    return inspect.unwrap(build)(**arguments)
+
+
+def _factory(name: Any) -> Any:
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(str(name), METHODS, n=3)
+    raise ValueError(
+        f"method={name!r} is unknown"
+        + (f"; near names: {near}" if near else "")
+        + f". The methods are {sorted(METHODS)}."
+    )

@@ -63,8 +63,8 @@ def test_norms_by_expansion_equal_the_dense_ones(key):
         W = jax.random.normal(key, (D_IN, D_OUT), jnp.float64)
         A = jax.random.normal(jax.random.fold_in(key, 1), (D_IN, RANK), jnp.float64)
         B = jax.random.normal(jax.random.fold_in(key, 2), (RANK, D_OUT), jnp.float64)
-        c = norms(W, {"A": A, "B": B, "scale": jnp.float64(1.7)})
-        wanted = np.linalg.norm(np.asarray(W) + 1.7 * np.asarray(A) @ np.asarray(B), axis=0)
+        c = norms(W, A, B)
+        wanted = np.linalg.norm(np.asarray(W) + np.asarray(A) @ np.asarray(B), axis=0)
         np.testing.assert_allclose(c, wanted, rtol=1e-12)
 
 
