@@ -95,6 +95,21 @@ CASES: tuple[Case, ...] = (
             BadInput({"std": 0.0}, "std=0.0"),
         ),
     ),
+    *(
+        Case(
+            "corda",
+            {"rank": 3, "alpha": 6.0, "mode": mode},
+            count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+            oracle=lambda W, p, shared: W + p["scale"] * (p["A"] @ p["B"] - p["A0"] @ p["B0"]),
+            bad=(
+                BadInput({"rank": 0}, "rank=0"),
+                BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+                BadInput({"alpha": -1.0}, "alpha=-1.0"),
+                BadInput({"mode": "both"}, "mode='both'"),
+            ),
+        )
+        for mode in ("ipm", "kpm")
+    ),
     Case(
         "dora",
         {"rank": 3, "alpha": 6.0},
@@ -107,6 +122,30 @@ CASES: tuple[Case, ...] = (
             BadInput({"rank": 0}, "rank=0"),
             BadInput({"rank": 10_000}, "rank=10000 is out of range"),
             BadInput({"dropout": -0.1}, "dropout=-0.1"),
+        ),
+    ),
+    Case(
+        "dora",
+        {"direction": {"method": "pissa", "rank": 3, "alpha": 6.0}},
+        count=lambda sites: sum(slices(s) * (s.rank * (s.d_in + s.d_out) + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: (
+            p["m"]
+            * (V := W + p["scale"] * (p["A"] @ p["B"] - p["A0"] @ p["B0"]))
+            / np.linalg.norm(V, axis=0)
+        ),
+        bad=(
+            BadInput({"rank": 4}, "rank=4 beside direction="),
+            BadInput({"alpha": 4.0}, "alpha=4.0 beside direction="),
+            BadInput({"rslora": True}, "rslora=True beside direction="),
+            BadInput({"dropout": 0.1}, "dropout=0.1 beside direction="),
+            BadInput({"direction": "pissa"}, "direction='pissa': give a method's config"),
+            BadInput({"direction": {"method": "pisa"}}, r"near names: \['pissa'"),
+            BadInput({"direction": {"method": "pissa", "ranks": 3}}, "has no argument 'ranks'"),
+            BadInput({"direction": {"method": "pissa", "rank": 0}}, "rank=0"),
+            BadInput({"direction": {"method": "pissa", "targets": "up"}}, "'targets' says which"),
+            BadInput({"direction": {"method": "adalora"}}, "total_steps=None"),
+            BadInput({"direction": {"method": "lora"}}, "by adding a low-rank product"),
+            BadInput({"direction": {"method": "chain", "members": []}}, "is several methods"),
         ),
     ),
     Case(
@@ -144,6 +183,34 @@ CASES: tuple[Case, ...] = (
             BadInput({"targets": "querry"}, "Near names: .*query"),
             BadInput({"ranks": 4}, "has no argument 'ranks'"),
         ),
+    ),
+    Case(
+        "olora",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * (p["A"] @ p["B"] - p["A0"] @ p["B0"]),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"alpha": 0.0}, "alpha=0.0"),
+        ),
+    ),
+    *(
+        Case(
+            "pissa",
+            {"rank": 3, "alpha": 6.0, "svd": svd},
+            count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+            oracle=lambda W, p, shared: W + p["scale"] * (p["A"] @ p["B"] - p["A0"] @ p["B0"]),
+            bad=(
+                BadInput({"rank": 0}, "rank=0"),
+                BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+                BadInput({"alpha": 0.0}, "alpha=0.0"),
+                BadInput({"alpha_pattern": {"query": -1.0}}, r"alpha_pattern\['query'\]=-1.0"),
+                BadInput({"svd": "fast"}, "svd='fast'"),
+                BadInput({"iterations": -1}, "iterations=-1"),
+            ),
+        )
+        for svd in ("exact", "randomized")
     ),
     Case(
         "prompt",
