@@ -167,7 +167,7 @@ class Training:
             full = state._replace(trainable=trainable)
             bound = peft.bind(params, full, **context)
             logits = pefts.apply(model.apply)({"params": bound}, *inputs)
-            return jnp.mean((logits - target) ** 2) + peft.penalty(full)
+            return jnp.mean((logits - target) ** 2) + peft.penalty(full, params)
 
         loss, grads = jax.value_and_grad(loss_of)(state.trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
