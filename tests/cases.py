@@ -46,6 +46,21 @@ def whole(sites: Sequence[Site]) -> int:
     return sum(int(np.prod(site.shape)) for site in sites)
 
 
+def lamda_oracle(W: np.ndarray, p: Arrays, shared: Arrays) -> np.ndarray:
+    """W_res + s A Sg B with B's frozen rows; W_res = W where nothing of W was taken over."""
+    B = np.where(p["active"][:, None], p["B"], p["held"])
+    taken = p["A"] @ np.diag(p["Sg0"]) @ p["B0"] if "Sg0" in p else 0.0
+    return (W - p["scale"] * taken) + p["scale"] * p["A"] @ p["Sg"] @ B
+
+
+def svft_oracle(W: np.ndarray, p: Arrays, shared: Arrays) -> np.ndarray:
+    """W + U g M V^T, M (n, n) with the values m at its places, where equal places add up."""
+    n = p["U"].shape[1]
+    rows, columns = (p.get(name, np.arange(n)) for name in ("rows", "columns"))
+    M = np.bincount(rows * n + columns, weights=p["m"], minlength=n * n).reshape(n, n)
+    return W + p["U"] @ (M / (1 + np.exp(-p["gate"]))) @ p["V"].T
+
+
 CASES: tuple[Case, ...] = (
     Case(
         "adalora",
@@ -149,6 +164,29 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
+        "eva",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * p["A"] @ p["B"],
+        zero_grad_at_start=("A",),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"rho": 0.5}, "rho=0.5"),
+            BadInput({"rho": 3.0}, "eva compares 9 components.* hold 6"),
+            BadInput({"metric": "mean"}, "metric='mean'"),
+            BadInput({"dropout": 1.0}, "dropout=1.0"),
+        ),
+    ),
+    Case(
+        "eva",
+        {"rank": 3, "alpha": 6.0, "rho": 1.0, "adjust_scaling": False, "whiten": True},
+        count=lambda sites: sum(slices(s) * 3 * (s.d_in + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * p["A"] @ p["B"],
+        zero_grad_at_start=("A",),
+        bad=(BadInput({"rank": 4}, "eva compares 4 components.* hold 3"),),
+    ),
+    Case(
         "full",
         {},
         count=whole,
@@ -162,12 +200,74 @@ CASES: tuple[Case, ...] = (
         oracle=lambda W, p, shared: p["value"].reshape(W.shape),
         bad=(BadInput({"exclude": "."}, "leaves nothing"),),
     ),
+    *(
+        Case(
+            "lamda",
+            {"total_steps": 20, "rank": 4, "alpha": 6.0, "freezing": 0.5, **kwargs},
+            count=lambda sites: sum(slices(s) * s.rank * (s.rank + s.d_out) for s in sites),
+            oracle=lamda_oracle,
+            updated=("active", "held"),
+            zero_grad_at_start=zero,
+            bad=bad,
+        )
+        for kwargs, zero, bad in (
+            (
+                {},
+                (),
+                (
+                    BadInput({"total_steps": None}, "total_steps=None"),
+                    BadInput({"rank": 0}, "rank=0"),
+                    BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+                    BadInput({"alpha": 0.0}, "alpha=0.0"),
+                    BadInput({"alpha_pattern": {"query": 0.0}}, "query.*or its alpha is 0"),
+                    BadInput({"init": "svd"}, "init='svd'"),
+                    BadInput({"freezing": 0.0}, "freezing=0.0"),
+                    BadInput({"dropout": 0.1}, "dropout=0.1 with init='spectral'"),
+                    BadInput({"init": "code", "dropout": 1.0}, "dropout=1.0"),
+                ),
+            ),
+            ({"init": "code", "dropout": 0.1}, ("Sg",), (BadInput({"rank": -1}, "rank=-1"),)),
+            (
+                {"ranks": [2, 4, 6]},
+                (),
+                (
+                    BadInput({"ranks": []}, r"ranks=\[\]"),
+                    BadInput({"ranks": [4, 2]}, r"ranks=\[4, 2\]: .* in rising order"),
+                    BadInput({"ranks": [5, 6]}, "a mean of rank=4 is below the smallest"),
+                ),
+            ),
+            ({"init": "code", "ranks": [2, 6]}, ("Sg",), (BadInput({"ranks": [0, 6]}, "ranks="),)),
+        )
+    ),
     Case(
         "ln_tuning",
         {},
         count=whole,
         oracle=lambda W, p, shared: p["value"].reshape(W.shape),
         bad=(BadInput({"targets": "group_norm"}, "matches no parameter"),),
+    ),
+    Case(
+        "loldu",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * s.rank for s in sites),
+        oracle=lambda W, p, shared: (
+            W + p["scale"] * (p["L"] @ np.diag(p["z"] - p["z0"]) @ p["U"]).T
+        ),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"alpha": 0.0}, "alpha=0.0"),
+            BadInput({"init": "kaiming"}, "init='kaiming'"),
+        ),
+    ),
+    Case(
+        "loldu",
+        {"rank": 3, "alpha": 6.0, "init": "ones", "parity": True},
+        count=lambda sites: sum(slices(s) * s.rank for s in sites),
+        oracle=lambda W, p, shared: (
+            W + p["scale"] * (p["L"] @ np.diag(p["z"] - p["z0"]) @ p["U"]).T
+        ),
+        bad=(BadInput({"alpha_pattern": {"up": -1.0}}, "alpha_pattern.*=-1.0"),),
     ),
     Case(
         "lora",
@@ -185,6 +285,64 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
+        "lora_ga",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * (p["A"] @ p["B"] - p["A0"] @ p["B0"]),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"rank": 7}, "rank=7: lora_ga takes 2 r = 14 singular .* choose 1 to 6"),
+            BadInput({"alpha": 0.0}, "alpha=0.0"),
+            BadInput({"direction": "ArB"}, "direction='ArB'"),
+            BadInput({"scale": "gd"}, "scale='gd'"),
+            BadInput({"stable_gamma": 0.0}, "stable_gamma=0.0"),
+            BadInput({"variant": "official"}, "variant='official'"),
+            BadInput({"svd": "fast"}, "svd='fast'"),
+        ),
+    ),
+    Case(
+        "lora_ga",
+        {"rank": 2, "rslora": True, "direction": "random", "variant": "paper"},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * (p["A"] @ p["B"] - p["A0"] @ p["B0"]),
+        bad=(BadInput({"rank": -1}, "rank=-1"),),
+    ),
+    Case(
+        "lora_sb",
+        {"rank": 3, "eta0": 0.01},
+        count=lambda sites: sum(slices(s) * s.rank**2 for s in sites),
+        oracle=lambda W, p, shared: W + p["A"] @ p["R"] @ p["B"],
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"eta0": 0.0}, "eta0=0.0"),
+            BadInput({"svd": "fast"}, "svd='fast'"),
+            BadInput({"alpha_pattern": {"query": 2.0}}, "the kernels of lora_sb have no alpha"),
+        ),
+    ),
+    Case(
+        "lora_xs",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * s.rank**2 for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * p["A"] @ p["R"] @ p["B"],
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"init_std": -1.0}, "init_std=-1.0"),
+            BadInput({"sigma_on": "left"}, "sigma_on='left'"),
+            BadInput({"basis": "qr"}, "basis='qr'"),
+            BadInput({"svd": "fast"}, "svd='fast'"),
+        ),
+    ),
+    Case(
+        "lora_xs",
+        {"rank": 3, "init_std": 0.0, "sigma_on": "both", "svd": "randomized"},
+        count=lambda sites: sum(slices(s) * s.rank**2 for s in sites),
+        oracle=lambda W, p, shared: W + p["scale"] * p["A"] @ p["R"] @ p["B"],
+        bad=(BadInput({"init_std": float("nan")}, "init_std=nan"),),
+    ),
+    Case(
         "olora",
         {"rank": 3, "alpha": 6.0},
         count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
@@ -194,6 +352,26 @@ CASES: tuple[Case, ...] = (
             BadInput({"rank": 10_000}, "rank=10000 is out of range"),
             BadInput({"alpha": 0.0}, "alpha=0.0"),
         ),
+    ),
+    *(
+        Case(
+            "pela",
+            {"compression": 1.5, "w_inf": w_inf},
+            count=lambda sites: sum(
+                slices(s) * int(s.d_in * s.d_out / (1.5 * (s.d_in + s.d_out))) * (s.d_in + s.d_out)
+                for s in sites
+            ),
+            oracle=lambda W, p, shared: p["A"] @ p["B"],
+            bad=(
+                BadInput({"compression": 0.5}, "compression=0.5"),
+                BadInput({"compression": 8.0}, "compression=8.0 leaves no rank to 'layers/"),
+                BadInput({"w_inf": -1.0}, "w_inf=-1.0"),
+                BadInput({"eps": float("nan")}, "eps=nan"),
+                BadInput({"targets": "classifier"}, "have fewer than 10 outputs"),
+                BadInput({"rank_pattern": {"up": 2}}, "the kernels of pela have no rank of their"),
+            ),
+        )
+        for w_inf in (0.0, 0.5)
     ),
     *(
         Case(
@@ -250,6 +428,90 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
+        "sorsa",
+        {"rank": 3, "alpha": 6.0},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out + 1) for s in sites),
+        oracle=lambda W, p, shared: (
+            (W - p["scale"] * p["P0"] @ np.diag(p["sigma0"]) @ p["Q0"])
+            + p["scale"] * p["P"] @ np.diag(p["sigma"]) @ p["Q"]
+        ),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"alpha": -1.0}, "alpha=-1.0"),
+            BadInput({"gamma": -1e-4}, "gamma=-0.0001"),
+            BadInput({"peak_learning_rate": 0.0}, "peak_learning_rate=0.0"),
+        ),
+    ),
+    Case(
+        "sorsa",
+        {"rank": 3, "gamma": 0.01, "decoupled": True},
+        count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out + 1) for s in sites),
+        oracle=lambda W, p, shared: (
+            (W - p["scale"] * p["P0"] @ np.diag(p["sigma0"]) @ p["Q0"])
+            + p["scale"] * p["P"] @ np.diag(p["sigma"]) @ p["Q"]
+        ),
+        bad=(BadInput({"alpha_pattern": {"up": 2.0}}, "the kernels of sorsa have no alpha"),),
+    ),
+    Case(
+        "svfit",
+        {"rank": 5},
+        count=lambda sites: sum(slices(s) * s.rank for s in sites),
+        oracle=lambda W, p, shared: (
+            (W - p["U"] @ np.diag(p["S"]) @ p["V"].T) + p["U"] @ np.diag(p["sigma"]) @ p["V"].T
+        ),
+        bad=(
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"alpha_pattern": {"up": 2.0}}, "the kernels of svfit have no alpha"),
+        ),
+    ),
+    Case(
+        "svft",
+        {},
+        count=lambda sites: sum(slices(s) * (min(s.d_in, s.d_out) + 1) for s in sites),
+        oracle=svft_oracle,
+        zero_grad_at_start=("gate",),
+        bad=(
+            BadInput({"pattern": "full"}, "pattern='full'"),
+            BadInput({"init": "normal"}, "init='normal'"),
+            BadInput({"off_diagonals": 1}, "off_diagonals=1 has no meaning for pattern='plain'"),
+            BadInput({"pattern": "banded", "off_diagonals": -1}, "off_diagonals=-1"),
+            BadInput(
+                {"pattern": "banded", "off_diagonals": 12}, "off_diagonals=12 is out of range"
+            ),
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"rank_pattern": {"up": 2}}, "the kernels of svft have no rank of their own"),
+        ),
+    ),
+    Case(
+        "svft",
+        {"pattern": "banded", "off_diagonals": 2},
+        count=lambda sites: sum(slices(s) * (5 * min(s.d_in, s.d_out) - 6 + 1) for s in sites),
+        oracle=svft_oracle,
+        zero_grad_at_start=("gate",),
+        bad=(
+            BadInput({"off_diagonals": 12}, "12 is out of range for 'layers/.*: choose 0 to 11"),
+            BadInput({"rank": 2}, "2 is out of range for 'layers/.*: choose 0 to 1"),
+        ),
+    ),
+    Case(
+        "svft",
+        {"pattern": "random", "off_diagonals": 1, "rank": 5, "init": "kaiming"},
+        count=lambda sites: sum(slices(s) * (3 * s.rank - 2 + 1) for s in sites),
+        oracle=svft_oracle,
+        bad=(BadInput({"off_diagonals": 5}, "off_diagonals=5 is out of range"),),
+    ),
+    Case(
+        "svft",
+        {"pattern": "top_k", "off_diagonals": 1},
+        count=lambda sites: sum(slices(s) * (3 * min(s.d_in, s.d_out) - 2 + 1) for s in sites),
+        oracle=svft_oracle,
+        zero_grad_at_start=("gate",),
+        bad=(BadInput({"off_diagonals": 12}, "off_diagonals=12 is out of range"),),
+    ),
+    Case(
         "vera",
         {"rank": 30},
         count=lambda sites: sum(slices(s) * (30 + s.d_out) for s in sites),
@@ -268,5 +530,22 @@ CASES: tuple[Case, ...] = (
             BadInput({"seed": -1}, "seed=-1"),
             BadInput({"rank_pattern": {"query": 2}}, "the kernels of vera have no rank of their"),
         ),
+    ),
+    *(
+        Case(
+            "welore",
+            {"reduction": reduction},
+            count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+            oracle=lambda W, p, shared: p["A"] @ p["B"] if p.get("kept", 1) > 0 else W,
+            bad=(
+                BadInput({"reduction": 0.0}, "reduction=0.0"),
+                BadInput({"reduction": 0.99}, "reduction=0.99: .* at most 132 of 144"),
+                BadInput({"reduction": 0.1}, "none of the 6 targeted kernels is worth factoring"),
+                BadInput({"threshold": 1.5}, "threshold=1.5"),
+                BadInput({"min_ratio": 1.0}, "min_ratio=1.0"),
+                BadInput({"rank_pattern": {"up": 2}}, "the kernels of welore have no rank of"),
+            ),
+        )
+        for reduction in (0.45, 0.6)  # some layers dense beside factored ones; all factored
     ),
 )
