@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pefts.bound import Call, Rule, State, matmul
 
 Factors = Callable[[State, Call], tuple[jax.Array, jax.Array]]
+Parts = Callable[[State, Call], tuple[jax.Array, jax.Array, jax.Array]]
 Init = Callable[..., tuple[dict, dict]]
 
 
@@ -45,3 +46,22 @@ def moved(
     left = jnp.concatenate([A - A0, A0], axis=-1)
     right = jnp.concatenate([B, B - B0], axis=-2)
     return left, right * scale
+
+
+def diagonal(init: Init, parts: Parts) -> Rule:
+    """The rule of W' = W + A diag(d) B, (A, d, B) = parts(p, call), where d alone is trained.
+
+    y = x W + ((x A) * d) B: the gradient of d needs no product beyond those that x's needs.
+    """
+
+    def factors(p: State, call: Call) -> tuple[jax.Array, jax.Array]:
+        A, d, B = parts(p, call)
+        return A * d[None], B
+
+    def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
+        A, d, B = parts(p, call)
+        h = call.dot(x, A)
+        h = h * d.astype(h.dtype).reshape((1,) * (h.ndim - 1) + d.shape)
+        return call.dot(x, W) + matmul(h, B)
+
+    return additive(init, factors)._replace(linear=linear)
