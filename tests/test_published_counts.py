@@ -13,6 +13,7 @@ from pefts import core
 
 QUERY_VALUE = r"/(query|value)/"
 QUERY_KEY_VALUE = r"/(query|key|value)/"
+XS_KERNELS = r"/(query|value|out|down)/"  # those of LoRA-XS and LoRA-SB on GLUE
 
 
 def encoder(layers: int, width: int) -> dict[str, tuple[int, int, int]]:
@@ -57,6 +58,16 @@ COUNTS = (
     Count("lora", {"rank": 64}, "mistral-7b", 167_772_160),
     Count("lora", {"rank": 8}, "roberta-base", 294_912, QUERY_VALUE),
     Count("lora", {"rank": 8}, "roberta-large", 786_432, QUERY_VALUE),
+    Count("lora_sb", {"rank": 96, "eta0": 3e-7}, "mistral-7b", 2_064_384),
+    Count("lora_sb", {"rank": 24, "eta0": 1e-6}, "roberta-large", 55_296, XS_KERNELS),
+    Count("lora_xs", {"rank": 16}, "mistral-7b", 57_344),
+    Count("lora_xs", {"rank": 64}, "mistral-7b", 917_504),
+    *(
+        Count("lora_xs", {"rank": rank}, "roberta-large", count, XS_KERNELS)
+        for rank, count in zip(
+            (4, 8, 12, 16, 20, 25), (1_536, 6_144, 13_824, 24_576, 38_400, 60_000), strict=True
+        )
+    ),
 )
 
 

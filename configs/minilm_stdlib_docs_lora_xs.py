@@ -1,0 +1,19 @@
+"""LoRA-XS on MiniLM: which area of the standard library does a docstring document?
+
+Command: python train.py --config=configs/minilm_stdlib_docs_lora_xs.py
+Time: see the README's table; minilm_stdlib_docs_lora has minutes on 2 CPU cores.
+Result: see the README's table.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import Config, encoder_classification
+
+
+def get_config(mode: str = "") -> Config:
+    """`mode`: "" or "tiny"."""
+    config = encoder_classification("minilm_stdlib_docs_lora_xs", mode)
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.weight_decay = 0.0
+    config.method = ConfigDict({"method": "lora_xs", "rank": 32, "alpha": 32.0})
+    return config
