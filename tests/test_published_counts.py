@@ -54,6 +54,7 @@ class Count(NamedTuple):
 
 
 COUNTS = (
+    Count("loldu", {"rank": 768}, "roberta-base", 18_432, QUERY_VALUE),
     Count("lora", {"rank": 2}, "llama-2-7b", 4_997_120),
     Count("lora", {"rank": 64}, "mistral-7b", 167_772_160),
     Count("lora", {"rank": 8}, "roberta-base", 294_912, QUERY_VALUE),
@@ -68,6 +69,12 @@ COUNTS = (
             (4, 8, 12, 16, 20, 25), (1_536, 6_144, 13_824, 24_576, 38_400, 60_000), strict=True
         )
     ),
+    Count("sorsa", {"rank": 128}, "llama-2-7b", 319_844_352),
+    # A sixteenth of LoRA of rank 8 on the same kernels.
+    Count("svfit", {"rank": 768}, "roberta-base", 18_432, QUERY_VALUE),
+    # 126 of them gates, which the paper leaves out: "194K" and "6.35M".
+    Count("svft", {}, "gemma-2b", 193_536 + 126),
+    Count("svft", {"pattern": "banded"}, "gemma-2b", 6_352_416 + 126),
 )
 
 
