@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import oracles
 
 from pefts.targets import Site
 
 Arrays = Mapping[str, np.ndarray]
+GATES = [[1, 1, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]]  # of three tailors for four classes
 
 
 class BadInput(NamedTuple):
@@ -202,6 +204,62 @@ CASES: tuple[Case, ...] = (
     ),
     *(
         Case(
+            "kind",
+            {"learngenes": 2, "tailors": 3, **kwargs},
+            count=lambda sites, components=components: sum(
+                slices(s) * components * (s.d_in + s.d_out + 1) for s in sites
+            ),
+            zero_grad_at_start=("U_T", "V_T") if "start" in kwargs else (),
+            bad=(
+                BadInput({"learngenes": -1}, "learngenes=-1"),
+                BadInput({"tailors": 0}, "tailors=0"),
+                BadInput({"learngenes": 10}, "= 13 are more than the 12 components of 'layers"),
+                BadInput({"gates": [[1, 0]]}, r"gates\[0\]=\[1, 0\]: .* each of tailors=3"),
+                BadInput({"gates": [[1, 0, 2]]}, r"gates\[0\]=\[1, 0, 2\]: gates are 0 or 1"),
+                BadInput({"gates": []}, r"gates=\[\]"),
+                BadInput({"active_class": 4}, "active_class=4: gates has"),
+                BadInput({"train": "learngenes"}, "train='learngenes'"),
+                BadInput({"start": "zero"}, "start='zero'"),
+            ),
+            **checks,
+        )
+        for kwargs, components, checks in (
+            ({}, 3, {"oracle": lambda W, p, _: oracles.kind(W, p, [1, 1, 1])}),
+            (
+                {"train": "all", "residual": False},
+                5,
+                {"oracle": lambda W, p, _: oracles.kind(W, p, [1, 1, 1], residual=False)},
+            ),
+            (
+                {"gates": GATES, "active_class": 2, "train": "all"},
+                5,
+                {"oracle": lambda W, p, _: oracles.kind(W, p, GATES[2])},
+            ),
+            (
+                {"gates": GATES, "active_class": 0, "start": "fresh", "residual": False},
+                3,
+                {"oracle": lambda W, p, _: oracles.kind(W, p, GATES[0], residual=False)},
+            ),
+            *(
+                (
+                    {"gates": GATES, "train": train, "residual": residual},
+                    5 if train == "all" else 3,
+                    {
+                        "context": lambda batch: {"class_ids": np.arange(batch) % 4},
+                        "linear_oracle": lambda x, W, p, known, residual=residual: np.stack(
+                            [
+                                one @ oracles.kind(W, p, GATES[c], residual)
+                                for one, c in zip(x, known["class_ids"], strict=True)
+                            ]
+                        ),
+                    },
+                )
+                for train, residual in (("all", True), ("tailors", False))
+            ),
+        )
+    ),
+    *(
+        Case(
             "lamda",
             {"total_steps": 20, "rank": 4, "alpha": 6.0, "freezing": 0.5, **kwargs},
             count=lambda sites: sum(slices(s) * s.rank * (s.rank + s.d_out) for s in sites),
@@ -233,7 +291,7 @@ CASES: tuple[Case, ...] = (
                 (
                     BadInput({"ranks": []}, r"ranks=\[\]"),
                     BadInput({"ranks": [4, 2]}, r"ranks=\[4, 2\]: .* in rising order"),
-                    BadInput({"ranks": [5, 6]}, "a mean of rank=4 is below the smallest"),
+                    BadInput({"ranks": [5, 6]}, "12 kernels is 60 in all, and .* allows 48"),
                 ),
             ),
             ({"init": "code", "ranks": [2, 6]}, ("Sg",), (BadInput({"ranks": [0, 6]}, "ranks="),)),
@@ -341,6 +399,50 @@ CASES: tuple[Case, ...] = (
         count=lambda sites: sum(slices(s) * s.rank**2 for s in sites),
         oracle=lambda W, p, shared: W + p["scale"] * p["A"] @ p["R"] @ p["B"],
         bad=(BadInput({"init_std": float("nan")}, "init_std=nan"),),
+    ),
+    *(
+        Case(
+            "monarch",
+            {"blocks": blocks, "rank": rank, "padding": padding},
+            count=lambda sites, blocks=blocks, rank=rank: sum(
+                slices(s) * rank * (n2 * -(-s.d_in // n1) * n1 + n1 * -(-s.d_out // n2) * n2)
+                for s in sites
+                for n1, n2 in [
+                    # of the sides 12, 16 and 20
+                    blocks or ({12: 4, 16: 4, 20: 5}[s.d_in], {12: 3, 16: 4, 20: 4}[s.d_out])
+                ]
+            ),
+            oracle=lambda W, p, shared: oracles.monarch(W, p),
+            bad=(
+                BadInput({"rank": 0}, "rank=0"),
+                BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+                BadInput({"rank": 6}, "sub-matrices are . x .: choose 1 to"),
+                BadInput({"blocks": (4,)}, r"blocks=\(4,\)"),
+                BadInput({"blocks": (0, 4)}, r"blocks=\(0, 4\)"),
+                BadInput(
+                    {"blocks": (8, 4), "padding": False}, "n1=8 does not divide a side of 'layers"
+                ),
+                BadInput({"blocks": (4, 21)}, "n2=21 does not divide a side of 'layers"),
+            ),
+        )
+        for blocks, rank, padding in (((4, 4), 2, False), (None, 1, False), ((5, 3), 2, True))
+    ),
+    *(
+        Case(
+            "more",
+            {"blocks": 4, "rank": 2, "dropout": dropout},
+            count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out) for s in sites),
+            oracle=lambda W, p, shared: oracles.more(W, p),
+            zero_grad_at_start=("w1",),
+            bad=(
+                BadInput({"blocks": 0}, "blocks=0"),
+                BadInput({"blocks": 3}, "blocks=3 does not divide both sides of 'layers"),
+                BadInput({"rank": 0}, "rank=0"),
+                BadInput({"rank": 4}, "rank=4 is out of range for 'layers.*choose 1 to 3"),
+                BadInput({"dropout": 1.0}, "dropout=1.0"),
+            ),
+        )
+        for dropout in (0.0, 0.3)
     ),
     Case(
         "olora",

@@ -91,7 +91,7 @@ def lamda(
     check_dropout(dropout)
     _check(alpha, freezing, init, dropout)
     t_i = freezing * _checked_total(total_steps)
-    allocated = None if ranks is None else _checked_ranks(ranks, rank)
+    allocated = None if ranks is None else _checked_ranks(ranks)
 
     def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
         # A x has r features and its operands are frozen: nothing else is kept for the gradients.
@@ -255,6 +255,12 @@ def _prepare(
         energies += list(share[:, np.asarray(own) - 1])
         options += [own] * len(share)
         budget += site.rank * len(share)
+    least = sum(own[0] for own in options)
+    if least > budget:
+        raise ValueError(
+            f"ranks={list(ranks)}: the smallest of them on each of the {len(options)} kernels is "
+            f"{least} in all, and rank with rank_pattern allows {budget}; add a smaller one."
+        )
     chosen = iter(allocate(energies, options, budget))
     handed, out = {}, []
     for site in sites:
@@ -293,12 +299,7 @@ def _check(alpha: float, freezing: float, init: str, dropout: float) -> None:
         )
 
 
-def _checked_ranks(ranks: Sequence[int], mean: int) -> tuple[int, ...]:
+def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
     if not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 1:
         raise ValueError(f"ranks={ranks!r}: give positive integers in rising order.")
-    if ranks[0] > mean:
-        raise ValueError(
-            f"ranks={ranks!r}: a mean of rank={mean} is below the smallest; add a smaller one or "
-            "raise rank."
-        )
     return tuple(ranks)

@@ -35,8 +35,8 @@ def pela(
     """Low-rank model in place of the kernels: y = (x A) B, with A (d_in, r) and B (r, d_out).
 
     r = floor(d_in d_out / (c (d_in + d_out))). Kernels with fewer than 10 outputs are left as they
-    are. In the paper's programs everything that is not factored trains too: the biases by
-    pefts.chain(pefts.bitfit(), pefts.pela()), all of it by
+    are. In the paper's programs all that is not factored trains too: the biases by
+    pefts.chain(pefts.bitfit(), pefts.pela()), norms and embeddings as well by
     pefts.chain(pefts.full(exclude="kernel"), pefts.pela()).
 
     Args:

@@ -71,8 +71,9 @@ def welore(
         LLaMA-2: 0.175 for 0.5; it does not carry over to other models).
       min_ratio: a kernel is factored where more than this share of its own singular values is
         pruned (fine-tuning: 0.4999; compression: 0).
-      break_even: factor only where the factors are smaller than the kernel. NOTE(paper): the
-        released code asks for min_ratio alone, which keeps kernels small only if they are square.
+      break_even: factor only where the factors are smaller than the kernel; with min_ratio=0, then,
+        wherever they are. NOTE(paper): the released code has min_ratio alone; one below 1/2 also
+        takes kernels that grow, 0.4999 leaves out wide ones that would shrink.
       **select: targets, exclude, axes; see pefts.targets.Select.
 
     Returns:
@@ -85,7 +86,8 @@ def welore(
     Example:
       >>> import jax, pefts
       >>> kernel = jax.numpy.diag(jax.numpy.array([4.0, 0.3, 0.2, 0.1]))
-      >>> state = pefts.welore().init(jax.random.key(0), {"query": {"kernel": kernel}})
+      >>> peft = pefts.welore(reduction=0.6)
+      >>> state = peft.init(jax.random.key(0), {"query": {"kernel": kernel}})
       >>> jax.tree.map(jax.numpy.shape, state.trainable)
       {'query/kernel': {'A': (4, 1), 'B': (1, 4)}}
 
