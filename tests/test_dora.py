@@ -8,7 +8,10 @@ import pytest
 
 import pefts
 from pefts.bound import Call
-from pefts.methods.dora import norms
+from pefts.core import Declaration, Traits, lift
+from pefts.low_rank import additive
+from pefts.methods.dora import norms, with_magnitude
+from pefts.targets import selection
 
 D_IN, D_OUT, RANK = 12, 7, 3
 
@@ -183,3 +186,131 @@ def test_a_gain_is_not_rounded_to_bfloat16(key):
     base = np.asarray(x @ params["kernel"], np.float64)
     gain = np.sum(np.asarray(y, np.float64) * base) / np.sum(base * base)
     assert abs(gain - 1.0055) < 5e-4
+
+
+# --- a direction of another method ---
+
+
+PISSA = {"method": "pissa", "rank": RANK, "alpha": 6.0}
+
+
+def with_direction(key: jax.Array, direction: dict, **kwargs) -> tuple:
+    model, x, params, _, _ = problem(key)
+    return model, x, params, pefts.dora(direction=direction, targets="kernel", **kwargs)
+
+
+def test_a_direction_starts_as_its_method_does_beside_the_column_norms(key):
+    _, _, params, peft = with_direction(key, PISSA)
+    state = peft.init(key, params)
+    alone = pefts.pissa(rank=RANK, alpha=6.0, targets="kernel").init(key, params)
+    m = state.trainable["kernel"].pop("m")
+    jax.tree.map(np.testing.assert_array_equal, state, alone)
+    np.testing.assert_allclose(m, np.linalg.norm(params["kernel"], axis=0), rtol=1e-6)
+
+
+def test_norms_of_a_direction_need_no_product_of_the_kernels_size(key):
+    """c of W + s (A B - A0 B0), from its factors: no array of d_in x d_out but W itself."""
+    _, _, params, peft = with_direction(key, PISSA)
+    state = pefts.randomize(key, peft.init(key, params), 0.3)
+    bound = peft.bind(params, state)["kernel"]
+    x = jnp.ones((2, D_IN))
+    jaxpr = jax.make_jaxpr(lambda W: bound.rule.linear(x, W, bound.state, Call()))(params["kernel"])
+    made = [eqn for eqn in jaxpr.eqns for out in eqn.outvars if out.aval.shape == (D_IN, D_OUT)]
+    assert {eqn.primitive.name for eqn in made} <= {"stop_gradient", "mul"}
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in bound.state.items()}
+    V = np.asarray(params["kernel"]) + p["scale"] * (p["A"] @ p["B"] - p["A0"] @ p["B0"])
+    wanted = np.asarray(x) @ V * (p["m"] / np.linalg.norm(V, axis=0))
+    got = bound.rule.linear(x, params["kernel"], bound.state, Call())
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_direction_brings_its_statistics(key):
+    model, x, params, peft = with_direction(key, {"method": "corda", "rank": RANK})
+    assert peft.traits.needs == ("sample_moment",)
+    with pytest.raises(ValueError, match="dora initialises from the statistic 'sample_moment'"):
+        peft.init(key, params)
+    stats = {"kernel": {"sample_moment": jnp.eye(D_IN), "samples": 1.0}}
+    y = pefts.apply(model.apply)({"params": peft.bind(params, peft.init(key, params, stats))}, x)
+    np.testing.assert_allclose(y, model.apply({"params": params}, x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="dora: the initial 'A' .* the moment of its inputs stays"):
+        peft.init(key, params, {"kernel": {"sample_moment": jnp.zeros((D_IN, D_IN))}})
+
+
+def test_ranks_and_kernels_are_selected_by_dora_itself(key):
+    params = {name: {"kernel": jax.random.normal(key, (D_IN, D_OUT))} for name in ("up", "down")}
+    direction = {"method": "olora", "rank": 2}
+    peft = pefts.dora(direction=direction, exclude="down", rank_pattern={"up": 4})
+    state = peft.init(key, params)
+    assert state.trainable.keys() == {"up/kernel"}
+    assert state.trainable["up/kernel"]["A"].shape == (D_IN, 4)
+    assert pefts.from_config(peft.config).init(key, params).trainable.keys() == {"up/kernel"}
+
+
+def fake_direction(start, **changes):
+    """DoRA on a method that stands in no table."""
+    rule = additive(start, lambda p, call: (p["A"], p["B"]))
+    return with_magnitude(Declaration(rule, selection(targets="kernel"), **changes))
+
+
+def ones(key, W, *, site, stats):
+    del key, stats
+    return {"A": jnp.ones((W.shape[0], 1)), "B": jnp.ones((1, W.shape[1]))}, {"seen": jnp.zeros(())}
+
+
+def test_the_magnitude_is_that_of_the_first_direction(key):
+    """A method that changes the kernels at step 0 changes what m starts from."""
+    _, _, params, _, _ = problem(key)
+    for identity, V in ((True, params["kernel"]), (False, params["kernel"] + 1)):
+        declared = fake_direction(ones, traits=Traits(identity_at_init=identity))
+        m = lift(declared, {"method": "fake"}).init(key, params).trainable["kernel"]["m"]
+        np.testing.assert_allclose(m, np.linalg.norm(V, axis=0), rtol=1e-6)
+
+
+def test_a_directions_penalty_and_schedule_see_its_own_state(key):
+    """And m comes through both untouched, beside what all kernels share."""
+    _, _, params, _, _ = problem(key)
+
+    def start(key, W, *, site, stats):
+        return {}, {"A": jnp.ones((W.shape[0], 1)), "B": jnp.ones((1, W.shape[1]))}
+
+    def penalty(state, params=None):
+        assert state.trainable == {"shared": {"m": state.trainable["shared"]["m"]}}
+        return jnp.sum(state.trainable["shared"]["m"]) + jnp.sum(params["kernel"])
+
+    def update(state, grads, step):
+        assert jax.tree.structure(grads) == jax.tree.structure(state.trainable)
+        doubled = jax.tree.map(lambda leaf: 2 * leaf, state.trainable)
+        return state._replace(trainable=doubled)
+
+    declared = fake_direction(
+        start,
+        init_shared=lambda key, sites: ({"m": jnp.ones(3)}, {}),
+        penalty=penalty,
+        update=update,
+    )
+    peft = lift(declared, {"method": "fake"})
+    state = peft.init(key, params)
+    m = state.trainable["kernel"]["m"]
+    wanted = 3 + params["kernel"].sum()
+    np.testing.assert_allclose(peft.penalty(state, params), wanted, rtol=1e-6)
+    after = peft.update(state, state.trainable, jnp.zeros((), jnp.int32))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    np.testing.assert_array_equal(after.trainable["kernel"]["m"], m)
+    np.testing.assert_array_equal(after.trainable["shared"]["m"], 2 * jnp.ones(3))
+
+
+def test_directions_that_dora_cannot_normalise_are_refused(key):
+    _, _, params, _, _ = problem(key)
+
+    def clash(key, W, *, site, stats):
+        trainable, frozen = ones(key, W, site=site, stats=stats)
+        return trainable, {**frozen, "m": jnp.zeros(3)}
+
+    with pytest.raises(ValueError, match="has an array 'm' of its own"):
+        lift(fake_direction(clash), {"method": "fake"}).init(key, params)
+    with pytest.raises(ValueError, match="changes the kernels at step 0 by arrays that they share"):
+        shared = {"init_shared": lambda key, sites: ({}, {})}
+        fake_direction(ones, traits=Traits(identity_at_init=False), **shared)
+    noisy = additive(ones, lambda p, call: (p["A"], p["B"]))._replace(uses_key=True)
+    with pytest.raises(ValueError, match="without dropout"):
+        with_magnitude(Declaration(noisy, selection()))

@@ -82,8 +82,8 @@ def corda(
         W = W.astype(W.dtype if W.dtype == jnp.float64 else jnp.float32)
         _, S, V = linalg.svd(damped(stats["sample_moment"].astype(W.dtype)) @ W)
         chosen = slice(site.rank) if mode == "ipm" else slice(-site.rank, None)
-        info = jnp.finfo(S.dtype)
-        S, V = jnp.maximum(S, info.eps * S[0] + info.tiny)[chosen], V[:, chosen]
+        eps, tiny = jnp.finfo(S.dtype).eps, jnp.finfo(S.dtype).tiny
+        S, V = jnp.maximum(S, eps * S[0] + tiny / eps)[chosen], V[:, chosen]
         s = jnp.asarray(scaling(site), S.dtype)
         return taken_over(W @ V / jnp.sqrt(s * S)[None], jnp.sqrt(S / s)[:, None] * V.T, s)
 
