@@ -51,8 +51,8 @@ def svd(
     Its error in a direction falls by (S[r + oversample] / S_i)^(2 iterations + 1), so the vectors
     next to the cut are the worst. Spectra of trained kernels are flat: 4 iterations and oversample
     10 hold 97% of the energy of the 8 leading directions of every kernel of MiniLM but not their
-    space; the defaults find it to 1e-3 in all of them, for ranks 8 and 16. The Gaussian matrix is
-    the same in every call.
+    space; the defaults find it to 1e-3 in all of them, for ranks 8 and 16, in the time of the exact
+    method at that size (384 by 384 to 384 by 1536). The Gaussian matrix is the same in every call.
 
     Args:
       W: (..., d_in, d_out), floating.
