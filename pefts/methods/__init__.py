@@ -6,6 +6,7 @@ from pefts.methods.corda import corda
 from pefts.methods.dora import dora
 from pefts.methods.eva import eva
 from pefts.methods.full import bitfit, full, head_only
+from pefts.methods.kind import kind
 from pefts.methods.lamda import lamda
 from pefts.methods.ln_tuning import ln_tuning
 from pefts.methods.loldu import loldu
@@ -13,6 +14,8 @@ from pefts.methods.lora import lora
 from pefts.methods.lora_ga import lora_ga
 from pefts.methods.lora_sb import lora_sb
 from pefts.methods.lora_xs import lora_xs
+from pefts.methods.monarch import monarch
+from pefts.methods.more import more
 from pefts.methods.olora import olora
 from pefts.methods.pela import pela
 from pefts.methods.pissa import pissa
@@ -33,6 +36,7 @@ METHODS = {
     "eva": eva,
     "full": full,
     "head_only": head_only,
+    "kind": kind,
     "lamda": lamda,
     "ln_tuning": ln_tuning,
     "loldu": loldu,
@@ -40,6 +44,8 @@ METHODS = {
     "lora_ga": lora_ga,
     "lora_sb": lora_sb,
     "lora_xs": lora_xs,
+    "monarch": monarch,
+    "more": more,
     "olora": olora,
     "pela": pela,
     "pissa": pissa,
