@@ -104,6 +104,7 @@ class Declaration(NamedTuple):
     penalty: PenaltyFn | None = None
     update: UpdateFn | None = None
     failure: str = "its decomposition failed"  # why a finite kernel may give a state of NaN or Inf
+    unmergeable: str = ""  # why, and what to do instead, where traits.mergeable is False
 
 
 def zero_penalty(state: PeftState, params: Params | None = None) -> jax.Array:
@@ -187,8 +188,9 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
 
     def merge(params: Params, state: PeftState) -> dict[str, Any]:
         if not traits.mergeable:
+            why = declaration.unmergeable and f" ({declaration.unmergeable})"
             raise ValueError(
-                f"{config['method']} cannot be merged into the kernels; run the model with "
+                f"{config['method']} cannot be merged into the kernels{why}; run the model with "
                 "pefts.apply(...) on peft.bind(params, state) instead."
             )
         flat, bound, ambient = sites_of(params, state)
