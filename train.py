@@ -22,7 +22,7 @@ import pefts
 from configs.base import Config
 from data.pipeline import Batches
 from models import sharding
-from training import checkpoint, evaluate, experiment, plan, report
+from training import checkpoint, distill, evaluate, experiment, plan, report
 from training.experiment import Experiment
 
 DEFAULT = str(Path(__file__).parent / "configs" / "minilm_stdlib_docs_lora.py")
@@ -44,7 +44,7 @@ class Metrics(NamedTuple):
     """Of one step, still on the device."""
 
     loss: jax.Array
-    penalty: jax.Array
+    penalty: jax.Array  # all that is added to the loss
     grad_norm: jax.Array
     finite: jax.Array
 
@@ -54,13 +54,13 @@ class Metrics(NamedTuple):
 
 def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[..., Any]:
     """The pure update (state, params, batch) -> (state, metrics)."""
-    forward, peft = pefts.apply(run.model.apply), run.peft
+    forward, peft = distill.watched(pefts.apply(run.model.apply), run.config), run.peft
     deterministic = not run.config.train.base_dropout
 
     def loss_fn(trainable: Any, state: TrainState, params: Any, batch: Any) -> Any:
         peft_state = state.peft_state._replace(trainable=trainable)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        logits = forward(
+        logits, layers = forward(
             {"params": peft.bind(params, peft_state)},
             batch["tokens"],
             batch["mask"],
@@ -70,6 +70,7 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
         )
         loss = experiment.cross_entropy(logits, batch)
         penalty = peft.penalty(peft_state, params)
+        penalty += distill.loss(run, params, batch, (logits, layers))
         return loss + penalty, (loss, penalty)
 
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:

@@ -40,6 +40,9 @@ def encoder_classification(name: str, mode: str = "") -> Config:
     # Training batches that methods which start from data (CorDA, EVA, ...) look at first.
     config.calibrate = ConfigDict({"batches": 8})
     config.head = True  # train the classification head beside the method
+    # Weights of what is added to the loss: mean squared distances from the unadapted base in
+    # evaluation mode, of every layer's output, and of the logits (for a base with a trained head).
+    config.distill = ConfigDict({"features": 0.0, "logits": 0.0})
     config.optimizer = ConfigDict(
         {
             "name": "adamw",  # or one of pefts.OPTIMIZERS, with its options

@@ -32,6 +32,9 @@ def pool(x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 class Encoder(nn.Module):
     """Token ids to hidden states, (B, T) -> (B, T, D).
 
+    Called with mutable=["intermediates"] it also returns the output of every layer, under
+    models.layers.BLOCK_OUTPUT: one (L, B, T, D) where layers are scanned, else L of (B, T, D).
+
     Args:
       config: sizes and numerics.
       pooling: of `embed`: "mean" over unmasked tokens, "cls" (first token) or "pooler" (BERT's

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from models.config import ACTIVATIONS, REMAT, EncoderConfig
 
+BLOCK_OUTPUT = "block_output"  # among a model's intermediates: (B, T, D), or (L, B, T, D) scanned
+
 
 def dense(
     config: EncoderConfig, features: int, name: str | None = None, dtype: str | None = None
@@ -143,7 +145,10 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer, in the (carry, None) form of a scan body."""
+    """One transformer layer, in the (carry, None) form of a scan body.
+
+    Its output is sown as BLOCK_OUTPUT, which is kept in calls with mutable=["intermediates"] alone.
+    """
 
     config: EncoderConfig
     deterministic: bool = True
@@ -152,7 +157,9 @@ class Layer(nn.Module):
     def __call__(self, x_BxTxD: jax.Array, mask_Bx1x1xT: jax.Array) -> tuple[jax.Array, None]:
         attention = SelfAttention(self.config, self.deterministic, name="attention")
         x_BxTxD = attention(x_BxTxD, mask_Bx1x1xT)
-        return Mlp(self.config, self.deterministic, name="mlp")(x_BxTxD), None
+        x_BxTxD = Mlp(self.config, self.deterministic, name="mlp")(x_BxTxD)
+        self.sow("intermediates", BLOCK_OUTPUT, x_BxTxD)
+        return x_BxTxD, None
 
 
 class Layers(nn.Module):
