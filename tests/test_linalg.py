@@ -1,6 +1,7 @@
 """The shared decompositions against numpy and scipy in float64, and on a real encoder."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,14 @@ def truncated(W: Array, rank: int) -> Array:
     return U[..., :rank] * S[..., None, :rank] @ Vt[..., :rank, :]
 
 
-def distance(A: Array, B: Array) -> float:
+def distance(A: Any, B: Any) -> float:
     """||A A^T - B B^T||_2 by its definition, in float64."""
     A, B = (np.asarray(part, np.float64) for part in (A, B))
     difference = A @ A.swapaxes(-1, -2) - B @ B.swapaxes(-1, -2)
     return float(np.max(np.linalg.norm(difference, 2, axis=(-2, -1))))
 
 
-def orthonormal(columns: jax.Array, atol: float) -> None:
+def orthonormal(columns: Any, atol: float) -> None:
     columns = np.asarray(columns, np.float64)
     gram = columns.swapaxes(-1, -2) @ columns
     np.testing.assert_allclose(gram, np.broadcast_to(np.eye(gram.shape[-1]), gram.shape), atol=atol)
