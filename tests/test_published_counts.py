@@ -69,6 +69,8 @@ COUNTS = (
             (4, 8, 12, 16, 20, 25), (1_536, 6_144, 13_824, 24_576, 38_400, 60_000), strict=True
         )
     ),
+    Count("more", {"rank": 4}, "llama-2-7b", 3_145_728, QUERY_KEY_VALUE),
+    Count("more", {"rank": 4}, "roberta-large", 589_824, QUERY_KEY_VALUE),
     Count("pissa", {"rank": 128}, "llama-2-7b", 319_815_680),
     Count("sorsa", {"rank": 128}, "llama-2-7b", 319_844_352),
     # A sixteenth of LoRA of rank 8 on the same kernels.
