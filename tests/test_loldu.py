@@ -134,6 +134,9 @@ def test_where_each_start_puts_z(key):
     for name, centre, spread in (("normal", mean, deviation), ("s_normal", 0.0, 1.0)):
         assert abs(z[name].mean() - centre) < 0.15 * spread
         assert abs(z[name].std() / spread - 1) < 0.1
+    # One key gives all of them the same noise; of 400 pivots n and n - 1 are told apart by 1e-3.
+    np.testing.assert_allclose(z["normal"], mean + deviation * z["s_normal"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(z["uniform"], abs(mean) / 2 * z["s_uniform"], rtol=1e-4, atol=1e-4)
 
 
 def test_a_single_pivot_has_no_deviation(key):
