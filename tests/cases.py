@@ -55,14 +55,6 @@ def lamda_oracle(W: np.ndarray, p: Arrays, shared: Arrays) -> np.ndarray:
     return (W - p["scale"] * taken) + p["scale"] * p["A"] @ p["Sg"] @ B
 
 
-def svft_oracle(W: np.ndarray, p: Arrays, shared: Arrays) -> np.ndarray:
-    """W + U g M V^T, M (n, n) with the values m at its places, where equal places add up."""
-    n = p["U"].shape[1]
-    rows, columns = (p.get(name, np.arange(n)) for name in ("rows", "columns"))
-    M = np.bincount(rows * n + columns, weights=p["m"], minlength=n * n).reshape(n, n)
-    return W + p["U"] @ (M / (1 + np.exp(-p["gate"]))) @ p["V"].T
-
-
 CASES: tuple[Case, ...] = (
     Case(
         "adalora",
@@ -308,9 +300,7 @@ CASES: tuple[Case, ...] = (
         "loldu",
         {"rank": 3, "alpha": 6.0},
         count=lambda sites: sum(slices(s) * s.rank for s in sites),
-        oracle=lambda W, p, shared: (
-            W + p["scale"] * (p["L"] @ np.diag(p["z"] - p["z0"]) @ p["U"]).T
-        ),
+        oracle=lambda W, p, shared: oracles.loldu(W, p),
         bad=(
             BadInput({"rank": 0}, "rank=0"),
             BadInput({"rank": 10_000}, "rank=10000 is out of range"),
@@ -322,9 +312,7 @@ CASES: tuple[Case, ...] = (
         "loldu",
         {"rank": 3, "alpha": 6.0, "init": "ones", "parity": True},
         count=lambda sites: sum(slices(s) * s.rank for s in sites),
-        oracle=lambda W, p, shared: (
-            W + p["scale"] * (p["L"] @ np.diag(p["z"] - p["z0"]) @ p["U"]).T
-        ),
+        oracle=lambda W, p, shared: oracles.loldu(W, p),
         bad=(BadInput({"alpha_pattern": {"up": -1.0}}, "alpha_pattern.*=-1.0"),),
     ),
     Case(
@@ -533,10 +521,7 @@ CASES: tuple[Case, ...] = (
         "sorsa",
         {"rank": 3, "alpha": 6.0},
         count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out + 1) for s in sites),
-        oracle=lambda W, p, shared: (
-            (W - p["scale"] * p["P0"] @ np.diag(p["sigma0"]) @ p["Q0"])
-            + p["scale"] * p["P"] @ np.diag(p["sigma"]) @ p["Q"]
-        ),
+        oracle=lambda W, p, shared: oracles.sorsa(W, p),
         bad=(
             BadInput({"rank": 0}, "rank=0"),
             BadInput({"rank": 10_000}, "rank=10000 is out of range"),
@@ -549,10 +534,7 @@ CASES: tuple[Case, ...] = (
         "sorsa",
         {"rank": 3, "gamma": 0.01, "decoupled": True},
         count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out + 1) for s in sites),
-        oracle=lambda W, p, shared: (
-            (W - p["scale"] * p["P0"] @ np.diag(p["sigma0"]) @ p["Q0"])
-            + p["scale"] * p["P"] @ np.diag(p["sigma"]) @ p["Q"]
-        ),
+        oracle=lambda W, p, shared: oracles.sorsa(W, p),
         bad=(BadInput({"alpha_pattern": {"up": 2.0}}, "the kernels of sorsa have no alpha"),),
     ),
     Case(
@@ -572,46 +554,34 @@ CASES: tuple[Case, ...] = (
         "svft",
         {},
         count=lambda sites: sum(slices(s) * (min(s.d_in, s.d_out) + 1) for s in sites),
-        oracle=svft_oracle,
+        oracle=lambda W, p, shared: oracles.svft(W, p),
         zero_grad_at_start=("gate",),
         bad=(
             BadInput({"pattern": "full"}, "pattern='full'"),
             BadInput({"init": "normal"}, "init='normal'"),
             BadInput({"off_diagonals": 1}, "off_diagonals=1 has no meaning for pattern='plain'"),
             BadInput({"pattern": "banded", "off_diagonals": -1}, "off_diagonals=-1"),
-            BadInput(
-                {"pattern": "banded", "off_diagonals": 12}, "off_diagonals=12 is out of range"
-            ),
             BadInput({"rank": 0}, "rank=0"),
             BadInput({"rank": 10_000}, "rank=10000 is out of range"),
             BadInput({"rank_pattern": {"up": 2}}, "the kernels of svft have no rank of their own"),
         ),
     ),
-    Case(
-        "svft",
-        {"pattern": "banded", "off_diagonals": 2},
-        count=lambda sites: sum(slices(s) * (5 * min(s.d_in, s.d_out) - 6 + 1) for s in sites),
-        oracle=svft_oracle,
-        zero_grad_at_start=("gate",),
-        bad=(
-            BadInput({"off_diagonals": 12}, "12 is out of range for 'layers/.*: choose 0 to 11"),
-            BadInput({"rank": 2}, "2 is out of range for 'layers/.*: choose 0 to 1"),
-        ),
-    ),
-    Case(
-        "svft",
-        {"pattern": "random", "off_diagonals": 1, "rank": 5, "init": "kaiming"},
-        count=lambda sites: sum(slices(s) * (3 * s.rank - 2 + 1) for s in sites),
-        oracle=svft_oracle,
-        bad=(BadInput({"off_diagonals": 5}, "off_diagonals=5 is out of range"),),
-    ),
-    Case(
-        "svft",
-        {"pattern": "top_k", "off_diagonals": 1},
-        count=lambda sites: sum(slices(s) * (3 * min(s.d_in, s.d_out) - 2 + 1) for s in sites),
-        oracle=svft_oracle,
-        zero_grad_at_start=("gate",),
-        bad=(BadInput({"off_diagonals": 12}, "off_diagonals=12 is out of range"),),
+    *(
+        Case(
+            "svft",
+            {"pattern": pattern, "off_diagonals": d, **kwargs},
+            count=lambda sites, n=n, d=d: sum(
+                slices(s) * (n * (2 * d + 1) - d * (d + 1) + 1) for s in sites
+            ),
+            oracle=lambda W, p, shared: oracles.svft(W, p),
+            zero_grad_at_start=() if "init" in kwargs else ("gate",),
+            bad=(BadInput({"off_diagonals": n}, f"{n} is .* 'layers/.*: choose 0 to {n - 1}"),),
+        )
+        for pattern, d, n, kwargs in (
+            ("banded", 2, 12, {}),
+            ("random", 1, 5, {"rank": 5, "init": "kaiming"}),
+            ("top_k", 1, 12, {}),
+        )
     ),
     Case(
         "vera",

@@ -17,6 +17,12 @@ def kind(W: np.ndarray, p: Arrays, gates: Sequence[int], residual: bool = True) 
     return out
 
 
+def loldu(W: np.ndarray, p: Arrays) -> np.ndarray:
+    """W_res + s (Pm L_r diag(z) U_r)^T, W_res = W - s (Pm L_r diag(z0) U_r)^T."""
+    z, z0 = ((p["L"] @ np.diag(p[name]) @ p["U"]).T for name in ("z", "z0"))
+    return (W - p["scale"] * z0) + p["scale"] * z
+
+
 def monarch(W: np.ndarray, p: Arrays) -> np.ndarray:
     """One sub-matrix after the other: the rows of input block k, every n2-th column from j."""
     R, L = p["R"], p["L"]
@@ -33,3 +39,17 @@ def more(W: np.ndarray, p: Arrays) -> np.ndarray:
     h = np.einsum("tni,niq->tnq", np.eye(d_in).reshape(d_in, N, i), p["w1"])
     h = h.reshape(d_in, q, N).transpose(0, 2, 1)
     return W + np.einsum("tnq,nqo->ton", h, p["w2"]).reshape(W.shape)
+
+
+def sorsa(W: np.ndarray, p: Arrays) -> np.ndarray:
+    """W_res + s P diag(sigma) Q, W_res = W - s P0 diag(sigma0) Q0."""
+    W_res = W - p["scale"] * p["P0"] @ np.diag(p["sigma0"]) @ p["Q0"]
+    return W_res + p["scale"] * p["P"] @ np.diag(p["sigma"]) @ p["Q"]
+
+
+def svft(W: np.ndarray, p: Arrays) -> np.ndarray:
+    """W + U g M V^T, M (n, n) with the values m at its places, where equal places add up."""
+    n = p["U"].shape[1]
+    rows, columns = (p.get(name, np.arange(n)) for name in ("rows", "columns"))
+    M = np.bincount(rows * n + columns, weights=p["m"], minlength=n * n).reshape(n, n)
+    return W + p["U"] @ (M / (1 + np.exp(-p["gate"]))) @ p["V"].T
