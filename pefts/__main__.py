@@ -6,13 +6,14 @@ import re
 from pefts.core import Peft
 from pefts.methods import METHODS
 
-REQUIRED = {"threshold": 1e-3, "total_steps": 100}  # arguments without a default, for the listing
+REQUIRED = {"eta0": 1e-3, "threshold": 1e-3, "total_steps": 100}  # arguments without a default, for the listing
 
 
 def table() -> str:
     """One markdown row per method, read from its docstring and its traits."""
-    header = "| method | what it does | merges | exact at step 0 | source |\n|---|---|---|---|---|"
-    return "\n".join([header, *(_row(name) for name in METHODS)])
+    columns = ("method", "what it does", "merges", "exact at step 0", "starts from", "source")
+    header = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*header, *(_row(name) for name in METHODS)])
 
 
 def _row(name: str) -> str:
@@ -22,7 +23,8 @@ def _row(name: str) -> str:
     source = ", ".join(f"[{i}](https://arxiv.org/abs/{i})" for i in identifiers) or "baseline"
     traits = _default(name).traits
     flags = ["yes" if flag else "no" for flag in (traits.mergeable, traits.identity_at_init)]
-    return f"| `{name}` | {what} | {' | '.join(flags)} | {source} |"
+    data = ", ".join(f"`{need}`" for need in traits.needs)
+    return f"| `{name}` | {what} | {' | '.join(flags)} | {data} | {source} |"
 
 
 def _default(name: str) -> Peft:
