@@ -94,7 +94,7 @@ def lamda(
     allocated = None if ranks is None else _checked_ranks(ranks)
 
     def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
-        # A x has r features and its operands are frozen: nothing else is kept for the gradients.
+        # Not (x A) C with C = Sg B multiplied out: the gradients then need only what has r features.
         return call.dot(x, W) + _core(call.dot(drop(x, dropout, call.key), p["A"]), p)
 
     build = _spectral if init == "spectral" else _random
@@ -300,6 +300,7 @@ def _check(alpha: float, freezing: float, init: str, dropout: float) -> None:
 
 
 def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    if not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 1:
+    counts = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in ranks)
+    if not ranks or not counts or list(ranks) != sorted(set(ranks)):
         raise ValueError(f"ranks={ranks!r}: give positive integers in rising order.")
     return tuple(ranks)
