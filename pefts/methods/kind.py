@@ -8,10 +8,14 @@ kernels share it, and it scales the hidden vector, example by example:
     y = ((x U_G) * s_G) V_G^T + ((x U_T) * s_T * g) V_T^T
 
 Components start as the largest singular triplets of W, learngenes first, and are trained without
-constraints. They are few here, so the rest of W has to stay: with `residual`
+constraints (unchecked: the paper's text on it was not available). To adapt a pretrained model a few
+are enough, if the rest of W stays: with `residual`
     W' = W - C_0 + W_l        C_0 = the components as they start, all gates open
 Open gates change nothing at step 0 then; a closed one takes its component out of W. Trainable:
 N_T (d_in + d_out + 1) per kernel, or (N_G + N_T) (d_in + d_out + 1) with the learngenes.
+
+NOTE(paper): models are pretrained as W_l there, so nothing is left over, and new tailors start at
+  random; the residual and new tailors of s = 0 are for models that were pretrained otherwise.
 """
 
 import functools
@@ -56,18 +60,18 @@ def kind(
     merge with a method that fixes it. Set weight decay to 0.
 
     Args:
-      learngenes: N_G, from 0. While frozen and part of the residual form they cost nothing and say
-        which of W's directions the tailors skip.
-      tailors: N_T, from 1 (DivControl, by the same group: N_G = N_T = 576, all of the rank).
-      gates: table of 0 and 1, one row of N_T for each class; zeros leave the learngenes alone.
-        None: every tailor serves every input.
+      learngenes: N_G, from 0. Frozen and with a residual they cost nothing, and say which of W's
+        directions the tailors skip.
+      tailors: N_T, from 1 (DivControl, by the same group: N_G = N_T = 576, all of the rank; as few
+        as the defaults are for adapting a pretrained model).
+      gates: table of 0 and 1, one row of N_T for each class; a row of zeros uses no tailor. None:
+        every tailor serves every input.
       active_class: the class whose row holds for all inputs; the method can then be merged.
       train: "tailors" (the paper's transfer: learngenes frozen) or "all" (its pre-training).
       start: "svd" (tailors take the singular triplets after the learngenes') or "fresh" (random
-        orthonormal u and v with s = 0, so that step 0 has the learngenes alone; the paper's random
-        start is unchecked).
-      residual: keep what the components leave of W, and that is all of W for fresh tailors; False
-        drops it, so that the kernel is its components (the paper, whose models start so).
+        orthonormal u and v with s = 0, which add nothing at step 0 whatever the gates).
+      residual: keep what the components leave of W (all of it but the learngenes where tailors are
+        fresh); False drops it, so that the kernel is its components (the paper).
       **select: targets, exclude, axes; see pefts.targets.Select.
 
     Returns:
