@@ -94,7 +94,7 @@ def lamda(
     allocated = None if ranks is None else _checked_ranks(ranks)
 
     def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
-        # Not (x A) C with C = Sg B multiplied out: the gradients then need only what has r features.
+        # Sg and B are not multiplied out: with A frozen, the gradients need only r features.
         return call.dot(x, W) + _core(call.dot(drop(x, dropout, call.key), p["A"]), p)
 
     build = _spectral if init == "spectral" else _random
