@@ -125,7 +125,8 @@ def factory(fn: Callable[..., Declaration]) -> Callable[..., Peft]:
     The call's arguments become `Peft.config`, from which `pefts.from_config` rebuilds the method.
     """
     signature = inspect.signature(fn)
-    named = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    spec = inspect.getfullargspec(fn)
+    named = [*spec.args, *spec.kwonlyargs]
 
     @functools.wraps(fn)
     def build(*args: Any, **kwargs: Any) -> Peft:
@@ -322,17 +323,16 @@ def _init_site(
 
 def _check_finite(state: PeftState, flat: Mapping[str, Any], failure: str, method: str) -> None:
     """Refuse a state with NaN or Inf; inside jit, where values are unknown, nothing is checked."""
-    for groups in state:
-        for path, group in groups.items():
-            for name, leaf in group.items():
-                if _is_finite(leaf):
-                    continue
-                bad_kernel = path in flat and not _is_finite(flat[path])
-                reason = "the kernel itself holds NaN or infinite values" if bad_kernel else failure
-                raise ValueError(
-                    f"{method}: the initial {name!r} of {path!r} is not finite: {reason}. Repair "
-                    "or exclude it."
-                )
+    groups = [*state.trainable.items(), *state.frozen.items()]
+    for path, name, leaf in ((path, *item) for path, group in groups for item in group.items()):
+        if _is_finite(leaf):
+            continue
+        bad_kernel = path in flat and not _is_finite(flat[path])
+        reason = "the kernel itself holds NaN or infinite values" if bad_kernel else failure
+        raise ValueError(
+            f"{method}: the initial {name!r} of {path!r} is not finite: {reason}. Repair or "
+            "exclude it."
+        )
 
 
 def _is_finite(leaf: Any) -> bool:

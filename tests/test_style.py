@@ -19,6 +19,7 @@ LIBRARY = [file for file in FILES if file.is_relative_to(ROOT / "pefts")]
 METHOD_FILES = [file for file in LIBRARY if file.parent.name == "methods"]
 NEUTRAL = [ROOT / name for name in ("train.py", "eval.py", "pefts/core.py")]
 FILE_LINES, METHOD_LINES, FUNCTION_LINES, NESTING = 600, 400, 60, 3
+TABLE = ROOT / "tests" / "cases.py"  # a row for every method: as long as there are methods
 # Nine are what a budget over training needs (when it starts, ends and recurs, from which rank to
 # which, how its scores are smoothed) on top of alpha, dropout and a penalty's weight.
 HYPERPARAMETERS = 9
@@ -79,7 +80,9 @@ def test_budgets(file: Path) -> None:
     source = file.read_text()
     lines = source.splitlines()
     budget = METHOD_LINES if file in METHOD_FILES else FILE_LINES
-    assert len(lines) <= budget, f"{named(file)} has {len(lines)} lines, at most {budget}"
+    assert file == TABLE or len(lines) <= budget, (
+        f"{named(file)} has {len(lines)} lines, at most {budget}"
+    )
     for function in functions(source):
         where = f"{named(file)}:{function.lineno} {function.name}"
         length, depth = code_lines(function, lines), nesting(function)
