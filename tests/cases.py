@@ -48,13 +48,6 @@ def whole(sites: Sequence[Site]) -> int:
     return sum(int(np.prod(site.shape)) for site in sites)
 
 
-def lamda_oracle(W: np.ndarray, p: Arrays, shared: Arrays) -> np.ndarray:
-    """W_res + s A Sg B with B's frozen rows; W_res = W where nothing of W was taken over."""
-    B = np.where(p["active"][:, None], p["B"], p["held"])
-    taken = p["A"] @ np.diag(p["Sg0"]) @ p["B0"] if "Sg0" in p else 0.0
-    return (W - p["scale"] * taken) + p["scale"] * p["A"] @ p["Sg"] @ B
-
-
 CASES: tuple[Case, ...] = (
     Case(
         "adalora",
@@ -255,7 +248,7 @@ CASES: tuple[Case, ...] = (
             "lamda",
             {"total_steps": 20, "rank": 4, "alpha": 6.0, "freezing": 0.5, **kwargs},
             count=lambda sites: sum(slices(s) * s.rank * (s.rank + s.d_out) for s in sites),
-            oracle=lamda_oracle,
+            oracle=lambda W, p, shared: oracles.lamda(W, p),
             updated=("active", "held"),
             zero_grad_at_start=zero,
             bad=bad,

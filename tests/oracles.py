@@ -17,6 +17,13 @@ def kind(W: np.ndarray, p: Arrays, gates: Sequence[int], residual: bool = True) 
     return out
 
 
+def lamda(W: np.ndarray, p: Arrays) -> np.ndarray:
+    """W_res + s A Sg B with B's frozen rows; W_res = W where nothing of W was taken over."""
+    B = np.where(p["active"][:, None], p["B"], p["held"])
+    taken = p["A"] @ np.diag(p["Sg0"]) @ p["B0"] if "Sg0" in p else 0.0
+    return (W - p["scale"] * taken) + p["scale"] * p["A"] @ p["Sg"] @ B
+
+
 def loldu(W: np.ndarray, p: Arrays) -> np.ndarray:
     """W_res + s (Pm L_r diag(z) U_r)^T, W_res = W - s (Pm L_r diag(z0) U_r)^T."""
     z, z0 = ((p["L"] @ np.diag(p[name]) @ p["U"]).T for name in ("z", "z0"))
