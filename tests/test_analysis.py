@@ -145,6 +145,16 @@ def test_stacked_kernels_and_head_axes_are_those_of_unrolled_layers():
         assert (np.asarray(kernel.similarity[1]).min() < 0.95) == changed
 
 
+def test_two_stacked_axes_keep_their_order():
+    W = np.stack([[separated(16, 12, seed=10 * i + j) for j in range(3)] for i in range(2)])
+    changed = W.copy()
+    changed[1, 2] = with_intruder(W[1, 2])
+    W, changed = ({"kernel": jnp.asarray(part, jnp.float32)} for part in (W, changed))
+    found = analysis.intruders(W, changed, axes={"kernel": "llio"}, top=1, threshold=0.9)
+    np.testing.assert_array_equal(found["kernel"].count, [[0, 0, 0], [0, 0, 1]])
+    assert found["kernel"].similarity.shape == (2, 3, 12)
+
+
 def test_targets_and_exclude():
     before, after = changed_model()
     axes = pefts.infer_axes(tiny.Classifier().apply, before, *tiny.inputs())
