@@ -6,7 +6,8 @@ import re
 from pefts.core import Peft
 from pefts.methods import METHODS
 
-REQUIRED = {"eta0": 1e-3, "threshold": 1e-3, "total_steps": 100}  # arguments without a default, for the listing
+# Arguments without a default, for the listing.
+REQUIRED = {"eta0": 1e-3, "threshold": 1e-3, "total_steps": 100}
 
 
 def table() -> str:
