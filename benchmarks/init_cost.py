@@ -73,6 +73,8 @@ def llama(config: dict[str, Any]) -> dict[str, float] | None:
     except ValueError:  # a method of other leaves than linear kernels
         return None
     memory = compiled.memory_analysis()
+    if memory is None:  # a backend that does not tell
+        return None
     return {
         "temporary_mib": memory.temp_size_in_bytes / MIB,
         "state_mib": memory.output_size_in_bytes / MIB,

@@ -314,11 +314,12 @@ def _init_site(
     def one(args: tuple[jax.Array, jax.Array, Any]) -> tuple[dict, dict]:
         return rule.init(args[0], args[1], site=site, stats=args[2])
 
+    run: Callable[[Any], Any] = one
     # One layer after the other: a decomposition's workspace, and the gathering of a kernel that is
     # sharded over devices, are those of a single matrix.
     for _ in site.stack:
-        one = functools.partial(jax.lax.map, one)
-    return one((keys, matrix, stats))
+        run = functools.partial(jax.lax.map, run)
+    return run((keys, matrix, stats))
 
 
 def _check_finite(state: PeftState, flat: Mapping[str, Any], failure: str, method: str) -> None:
