@@ -131,9 +131,10 @@ def test_the_threshold_is_where_bisection_ends():
 
 
 def test_a_share_is_not_missed_by_rounding():
-    """0.7 * 10 is above 7."""
-    values = np.linspace(0, 1, 10)
-    assert (values < first_threshold(values, 0.7)).sum() == 7
+    """In floating point 0.07 * 100 is above 7."""
+    values = np.linspace(0, 1, 100)
+    assert 0.07 * 100 > 7
+    assert (values < first_threshold(values, 0.07)).sum() == 7
 
 
 def test_reduction_rises_with_the_threshold(key):

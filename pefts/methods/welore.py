@@ -153,7 +153,7 @@ def first_threshold(values: np.ndarray, reduction: float) -> float:
       ValueError: no t up to 1 has so many values below it.
     """
     wanted = math.ceil(reduction * values.size)
-    # The product may lie above the count whose quotient it came from: 0.7 * 10 > 7.
+    # The product may lie above the count whose quotient it came from: 0.07 * 100 > 7.
     if (wanted - 1) / values.size >= reduction:
         wanted -= 1
     last = np.partition(values, wanted - 1)[wanted - 1]
