@@ -13,5 +13,6 @@ from configs.base import Config, encoder_classification
 def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_lora_ga", mode)
+    config.optimizer.weight_decay = 0.0  # it would take the start of A and B out of the kernels
     config.method = ConfigDict({"method": "lora_ga", "rank": 8, "alpha": 16.0})
     return config

@@ -46,6 +46,7 @@ def lora_ga(
 
     A (d_in, r) and B (r, d_out) are trained from A0 and B0, which come from the 2r largest singular
     triplets U, S, V of the gradient G (d_in, d_out): pefts.calibrate(..., peft, loss=loss).
+    Train without weight decay, which would take s A0 B0 out of W.
 
     NOTE(paper): the released code has orthonormal factors, both scaled ("paper"); Hugging Face PEFT
       multiplies B by S and, but for "gd_scale", scales B alone ("peft"). B is then as small as the
