@@ -35,13 +35,7 @@ def leaders(fn: Run, params: Any, batch: Any, sites: Sequence[Site]) -> dict[str
       ValueError: params of another model.
     """
     calls: Calls = {}
-    try:
-        jax.eval_shape(_recording(fn, calls), {"params": params}, batch)
-    except (errors.ScopeParamShapeError, errors.ScopeParamNotFoundError) as error:
-        raise ValueError(
-            f"params do not fit the model that fn runs: {error} Pass the parameters that belong to "
-            "this model."
-        ) from error
+    jax.eval_shape(_recording(fn, calls), {"params": params}, batch)
     first: dict[Hashable, str] = {}
     found: dict[str, str] = {}
     for site in sites:
@@ -84,7 +78,13 @@ def _recording(fn: Run, calls: Calls) -> Run:
             where = _index(traces, tracers.current_trace())
             what = (number, where, rows(module, *args, **kwargs), _dtypes(module))
             calls.setdefault(paths.join(module.path, "kernel"), []).append(what)
-        return next_fun(*args, **kwargs)
+        try:
+            return next_fun(*args, **kwargs)
+        except (errors.ScopeParamShapeError, errors.ScopeParamNotFoundError) as error:
+            raise ValueError(
+                f"params do not fit the model that fn runs at {paths.join(module.path)!r}: {error} "
+                "Pass the parameters that belong to this model."
+            ) from error
 
     def run(variables: Any, batch: Any) -> Any:
         with nn.intercept_methods(note):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pefts
@@ -242,22 +243,63 @@ def test_components_of_a_scanned_model_ignore_padding() -> None:
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5 * want[0])
 
 
+EVERYTHING: Any = {
+    "collect": ("second_moment", "sample_moment", "gradient", "pca"),
+    "components": 3,
+    "loss": mean_loss,
+}
+
+
 def test_eight_devices_give_what_one_gives() -> None:
     params, batches = model_params(), make_batches()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = [jax.device_put(b, NamedSharding(mesh, PartitionSpec("data"))) for b in batches]
-    options = {
-        "collect": ("second_moment", "sample_moment", "gradient", "pca"),
-        "components": 3,
-        "loss": mean_loss,
-    }
-    one, eight = (calibrated(params, given, **options) for given in (batches, spread))
+    one, eight = (calibrated(params, given, **EVERYTHING) for given in (batches, spread))
     for path, group in one.items():
         for name, value in group.items():
             scale = float(jnp.abs(value).max())
             # a direction turns by the rounding error over the gap to the next variance
             allowed = 1e-3 if name in ("components", "cosine") else 1e-5 * scale
             np.testing.assert_allclose(eight[path][name], value, rtol=1e-5, atol=allowed)
+
+
+def test_two_calls_give_the_same_bits() -> None:
+    one, two = (calibrated(model_params(), make_batches(), **EVERYTHING) for _ in range(2))
+    for path, group in one.items():
+        for name, value in group.items():
+            np.testing.assert_array_equal(two[path][name], value, err_msg=f"{path} {name}")
+
+
+def test_nothing_of_a_batch_is_kept() -> None:
+    """The bytes that are alive when the next batch is asked for, batches included."""
+    params, alive = model_params(), []
+
+    def stream() -> Any:
+        for seed in range(6):
+            alive.append(sum(array.nbytes for array in jax.live_arrays()))
+            yield make_batches(seed + 1)[seed]
+
+    calibrated(params, stream(), **EVERYTHING)
+    assert len(set(alive[2:])) == 1
+
+
+def test_the_cosine_says_whether_a_further_batch_changed_anything(key: jax.Array) -> None:
+    model, rows = nn.Dense(3), low_rank_rows(40, 6, 6)
+    params = model.init(key, rows)["params"]
+
+    def cosine(*batches: np.ndarray) -> Any:
+        return pefts.calibrate(
+            lambda variables, x: model.apply(variables, x), params, batches, "kernel",
+            collect="pca", components=2,
+        )["kernel"]["cosine"]  # fmt: skip
+
+    np.testing.assert_array_equal(cosine(rows), [0, 0])
+    np.testing.assert_allclose(cosine(rows, rows), [1, 1], atol=1e-5)
+    turned = np.roll(rows, 1, axis=1)
+    before, after = (exact_components(x)[0][:2] for x in (rows, np.concatenate([rows, 3 * turned])))
+    want = np.abs((before * after).sum(1))
+    assert want.max() < 0.99
+    np.testing.assert_allclose(cosine(rows, 3 * turned), want, atol=0.05)
 
 
 class Twice(nn.Module):
@@ -382,6 +424,39 @@ def test_a_site_that_no_output_depends_on_is_an_error(key: jax.Array) -> None:
     modes = {"both", "integer"}
     with pytest.raises(ValueError, match="no floating-point output"):
         pefts.calibrate(run, params, [x], "kernel")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kernel: kernel[:, 1:], "has shape (11, 20)"),
+        (lambda kernel: kernel[..., 1:], "has shape (12, 19)"),
+        (None, "Could not find parameter"),
+    ],
+)
+@pytest.mark.parametrize("targets", ["attention", "kernel"])
+def test_parameters_of_another_model_are_refused(change: Any, message: str, targets: str) -> None:
+    flat = pefts.paths.flatten(model_params())
+    kernel = flat.pop("layers/up/kernel")
+    if change is not None:
+        flat["layers/up/kernel"] = change(kernel)
+    params = pefts.paths.unflatten(flat)
+    message = f"at 'layers/up': .*{re.escape(message)}.* Pass the parameters that belong to this"
+    with pytest.raises(ValueError, match=message):
+        pefts.calibrate(forward, params, make_batches(1), targets, axes=axes_of(model_params()))
+
+
+def test_parameters_of_another_nnx_model_are_refused() -> None:
+    graphdef, params, rest = pefts.nnx.split(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
+
+    def run(variables: Any, batch: Any) -> jax.Array:
+        return pefts.nnx.apply(graphdef)(variables["params"], rest, batch)
+
+    other = {**params, "kernel": params["kernel"][1:]}
+    with pytest.raises(
+        ValueError, match="'kernel' has 4 rows in these params.*gives it 5 features"
+    ):
+        pefts.calibrate(run, other, [jnp.ones((2, 5))], "kernel", adapted=True)
 
 
 # A method that starts from the statistics
