@@ -333,6 +333,10 @@ def test_the_maximum_is_signed_and_may_be_zero(key: jax.Array) -> None:
     x = -1 - rng.random((3, 6, 4)).astype(np.float32)
     found = dense_stats([x], key)
     np.testing.assert_allclose(found["sample_moment"], exact_moment(x), rtol=1e-5)
+    mask = np.arange(6)[None] < np.array([6, 2, 5])[:, None]
+    kept = [example[keep] for example, keep in zip(x, mask, strict=True)]
+    padded = dense_stats([x], key, [mask])  # padding is not the zero that it is replaced by
+    np.testing.assert_allclose(padded["sample_moment"], exact_moment(kept), rtol=1e-5)
     x[1, 2, 3] = 0  # no scale to divide by: this example stays as it is
     plain = x[1].astype(np.float64)
     want = (2 * exact_moment(x[[0, 2]]) + plain.T @ plain) / 3

@@ -94,6 +94,18 @@ def test_the_needy_member_of_a_composition_is_found(key: jax.Array) -> None:
     nested.init(key, model_params(), stats)
 
 
+def test_a_part_of_a_part_lies_in_both(key: jax.Array) -> None:
+    corda = pefts.corda(rank=2, targets="kernel", axes=axes())
+    inner = pefts.partition({"data": corda}, {"(up|down|classifier)/kernel": "data"})
+    outer = pefts.partition(
+        {"blocks": inner, "head": pefts.full(targets="classifier")},
+        {"layers": "blocks", "classifier": "head"},
+    )
+    stats = calibrated(outer)
+    assert set(stats) == MLP
+    outer.init(key, model_params(), stats)
+
+
 def test_labels_given_as_a_function_restrict_nothing(key: jax.Array) -> None:
     corda = pefts.corda(rank=2, targets="up|down|query", axes=axes())
 
