@@ -13,7 +13,7 @@ from configs.base import Config, encoder_classification
 def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_loldu", mode)
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 0.0  # would shrink the pivots themselves
     # s = 1: with the released code's alpha = 1 a step of z would reach W divided by 384.
     config.method = ConfigDict({"method": "loldu", "rank": 384, "alpha": 384.0})
