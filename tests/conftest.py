@@ -21,6 +21,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from tiny_encoders import bert_folder, checkpoints, transformers  # noqa: E402, F401 (fixtures)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module() -> Iterator[None]:
+    """Each compiled program is a few memory maps: a worker that kept all would run out of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """A random key; fold_in or split it for more."""
