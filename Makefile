@@ -16,7 +16,7 @@ run: install
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-tests lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
 	$(BIN)/python -m pytest --doctest-modules pefts
 
 lint: $(VENV)/.installed-tests

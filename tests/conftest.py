@@ -18,7 +18,16 @@ import tiny_checkpoint  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from subject import row_id  # noqa: E402
 from tiny_encoders import bert_folder, checkpoints, transformers  # noqa: E402, F401 (fixtures)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker for a file, or for a row of the table: rows are half of the suite."""
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("subject")  # type: ignore[attr-defined]
+        group = item.path.stem + (f"-{row_id(row)}" if row else "")
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module", autouse=True)
