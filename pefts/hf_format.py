@@ -9,7 +9,6 @@ does not find in its model, so nothing here does: an import consumes every tenso
 import functools
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pefts.formats import FORMATS, selection, whole
 from pefts.formats.base import Base, NameMap, letters
 from pefts.formats.contract import Files, Format, Imported, Native, Slot
 from pefts.registry import from_config
+from pefts.targets import exactly, only
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, MODEL = "base_model.", "base_model.model."
@@ -155,7 +155,7 @@ def import_hf(
     imported = format.from_hf(Files(config, modules, shared), slots, base.weight)
     peft, state = _native(imported, slots, axes)
     if trained:
-        listed = "^(" + "|".join(re.escape(path) for path in sorted(trained)) + ")$"
+        listed = only(sorted(trained))
         values = {path: {"value": jnp.asarray(value)} for path, value in trained.items()}
         outright = from_config({"method": "full", "targets": listed})
         peft = from_config({"method": "chain", "members": [outright.config, peft.config]})
@@ -325,9 +325,9 @@ def _native(
     by_path: dict[str, list[Slot]] = {}
     for slot in slots:
         by_path.setdefault(slot.path, []).append(slot)
-    listed = "^(" + "|".join(re.escape(path) for path in by_path) + ")$"
+    listed = only(by_path)
     letters = {
-        f"^{re.escape(path)}$": "l" * (own[0].layer is not None) + own[0].axes
+        exactly(path): "l" * (own[0].layer is not None) + own[0].axes
         for path, own in by_path.items()
     }
     config = {**imported.config, "targets": listed, "axes": dict(axes or letters)}

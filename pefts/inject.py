@@ -7,7 +7,6 @@ silently: a bound kernel that reaches foreign code is no array, and one that nob
 error.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 
 from pefts import modules, paths
 from pefts.bound import Ambient, BoundKernel, effective_kernel
+from pefts.targets import exactly
 
 
 def apply(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
@@ -156,4 +156,4 @@ def infer_axes(
             return fn({"params": tree}, *args, **kwargs)
 
     jax.eval_shape(run, params)
-    return {f"^{re.escape(path)}$": letters for path, letters in sorted(found.items())}
+    return {exactly(path): letters for path, letters in sorted(found.items())}

@@ -249,6 +249,16 @@ def first(table: Iterable[tuple[str, Any]], path: str, default: Any) -> Any:
     return next((value for pattern, value in table if re.search(pattern, path)), default)
 
 
+def exactly(path: str) -> str:
+    """The regular expression that this path alone matches."""
+    return f"^{re.escape(path)}$"
+
+
+def only(chosen: Iterable[str]) -> str:
+    """The regular expression that these paths alone match."""
+    return "^(" + "|".join(re.escape(path) for path in chosen) + ")$"
+
+
 def site_key(key: jax.Array, path: str) -> jax.Array:
     """A key by path alone: adding a target changes no other target's values."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

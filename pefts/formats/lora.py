@@ -10,7 +10,6 @@ zeros.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from pefts.formats.contract import (
     torch_out,
 )
 from pefts.formats.selection import by_pattern
+from pefts.targets import exactly
 
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -96,9 +96,9 @@ def from_hf(files: Files, slots: Sequence[Slot], weight: Weight) -> Imported:
         "alpha": float(fields["lora_alpha"]),
         "rslora": rslora,
         "dropout": float(fields["lora_dropout"]),
-        "rank_pattern": {_exactly(p): r for p, r in widths.items() if r != fields["r"]},
+        "rank_pattern": {exactly(p): r for p, r in widths.items() if r != fields["r"]},
         "alpha_pattern": {
-            _exactly(slot.path): alpha
+            exactly(slot.path): alpha
             for slot, alpha in reversed(alphas.items())
             if alpha != fields["lora_alpha"]
         },
@@ -156,10 +156,6 @@ def _resolved(fields: Mapping[str, Any], pattern: str, default: str, slot: Slot)
 
 def _paths(slots: Sequence[Slot]) -> list[str]:
     return list(dict.fromkeys(slot.path for slot in slots))
-
-
-def _exactly(path: str) -> str:
-    return f"^{re.escape(path)}$"
 
 
 def _conv1d(slots: Mapping[Slot, Any]) -> bool:

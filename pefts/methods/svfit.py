@@ -9,7 +9,6 @@ W_e. sigma may cross zero, which turns a direction around. Trainable: r per kern
 absolute values, so weight decay would shrink the pretrained model itself: set it to 0.
 """
 
-import re
 from typing import Any, Unpack
 
 import jax
@@ -21,7 +20,7 @@ from pefts.core import Declaration, Params, factory
 from pefts.low_rank import diagonal
 from pefts.methods.lora import check_rank
 from pefts.spectra import spectra
-from pefts.targets import Select, Site, selection
+from pefts.targets import Select, Site, exactly, selection
 
 POWERS = (1, 2)
 
@@ -94,7 +93,7 @@ def rank_for(
     flat, sites = paths.flatten(params), selection(**select).resolve(params)
     found = spectra("svfit", sites, lambda site: views.to_matrix(flat[site.path], site.axes))
     return {
-        f"^{re.escape(path)}$": max(_smallest(S, share, power) for S in layers)
+        exactly(path): max(_smallest(S, share, power) for S in layers)
         for path, layers in found.items()
     }
 
