@@ -115,24 +115,24 @@ def _combine(
             label: member.init(targets.site_key(key, label), part(params, label), stats)
             for label, member in members.items()
         }
-        return _joined(states)
+        return joined(states)
 
     def bind(params: Params, state: PeftState, **context: Any) -> dict[str, Any]:
         for label, member in members.items():
-            bound = member.bind(part(params, label), _member(state, label), **context)
+            bound = member.bind(part(params, label), member_state(state, label), **context)
             params = paths.replace(params, paths.flatten(bound))
         return dict(params)
 
     def merge(params: Params, state: PeftState) -> dict[str, Any]:
         for label, member in members.items():
-            dense = member.merge(part(params, label), _member(state, label))
+            dense = member.merge(part(params, label), member_state(state, label))
             params = paths.replace(params, paths.flatten(dense))
         return dict(params)
 
     def penalty(state: PeftState, params: Params | None = None) -> jax.Array:
         return sum(
             (
-                member.penalty(_member(state, label), params and part(params, label))
+                member.penalty(member_state(state, label), params and part(params, label))
                 for label, member in members.items()
             ),
             start=jax.numpy.zeros((), jax.numpy.float32),
@@ -140,20 +140,22 @@ def _combine(
 
     def update(state: PeftState, grads: Any, step: jax.Array) -> PeftState:
         new = {
-            label: member.update(_member(state, label), grads[label], step)
+            label: member.update(member_state(state, label), grads[label], step)
             for label, member in members.items()
         }
-        return _joined(new)
+        return joined(new)
 
     traits = [member.traits for member in members.values()]
     return Peft(init, bind, merge, penalty, update, _combined(traits), config)
 
 
-def _member(state: PeftState, label: str) -> PeftState:
+def member_state(state: PeftState, label: str) -> PeftState:
+    """The part of a composition's state that belongs to one member."""
     return PeftState(state.trainable[label], state.frozen[label])
 
 
-def _joined(states: Mapping[str, PeftState]) -> PeftState:
+def joined(states: Mapping[str, PeftState]) -> PeftState:
+    """The state of a composition of members with these states."""
     return PeftState(
         {label: state.trainable for label, state in states.items()},
         {label: state.frozen for label, state in states.items()},

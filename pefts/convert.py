@@ -1,6 +1,5 @@
 """Any additive low-rank adapter as a plain LoRA on the same base: `to_lora`."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +8,12 @@ import jax.numpy as jnp
 
 from pefts import linalg, paths
 from pefts.bound import Ambient, BoundKernel
-from pefts.compose import chain, partition
+from pefts.compose import chain, joined, member_state, partition
 from pefts.core import FULL_PRECISION, Params, Peft, PeftState
 from pefts.low_rank import Factors
 from pefts.methods.dora import MAGNITUDE
 from pefts.registry import declare, from_config
+from pefts.targets import exactly, only
 
 
 def to_lora(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
@@ -47,26 +47,17 @@ def to_lora(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftSta
     members = peft.config.get("members")
     if members is None:
         return _converted(peft, state, params)
-    labels = (
-        list(members) if isinstance(members, Mapping) else [str(n) for n in range(len(members))]
-    )
-    configs = list(members.values()) if isinstance(members, Mapping) else list(members)
+    is_partition = isinstance(members, Mapping)
+    labelled = members if is_partition else {str(n): member for n, member in enumerate(members)}
     parts = {
-        label: _converted(
-            from_config(config),
-            PeftState(state.trainable[label], state.frozen[label]),
-            params,
-        )
-        for label, config in zip(labels, configs, strict=True)
+        label: to_lora(from_config(config), member_state(state, label), params)
+        for label, config in labelled.items()
     }
     pefts = {label: part for label, (part, _) in parts.items()}
-    joined = PeftState(
-        {label: part.trainable for label, (_, part) in parts.items()},
-        {label: part.frozen for label, (_, part) in parts.items()},
-    )
-    if isinstance(members, Mapping):
-        return partition(pefts, peft.config["labels"]), joined
-    return chain(*pefts.values()), joined
+    states = joined({label: own for label, (_, own) in parts.items()})
+    return partition(pefts, peft.config["labels"]) if is_partition else chain(
+        *pefts.values()
+    ), states
 
 
 def _converted(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, PeftState]:
@@ -97,10 +88,10 @@ def _converted(peft: Peft, state: PeftState, params: Params) -> tuple[Peft, Peft
         "method": "lora" if added is None else name,
         "rank": max(ranks.values()),
         "alpha": float(max(ranks.values())),
-        "targets": "^(" + "|".join(re.escape(path) for path in bound) + ")$",
-        "axes": {_exactly(path): kernel.axes for path, kernel in bound.items()},
+        "targets": only(bound),
+        "axes": {exactly(path): kernel.axes for path, kernel in bound.items()},
     }
-    smaller = {_exactly(path): rank for path, rank in ranks.items() if rank != config["rank"]}
+    smaller = {exactly(path): rank for path, rank in ranks.items() if rank != config["rank"]}
     if smaller:
         config["rank_pattern"] = smaller
         config["alpha_pattern"] = {pattern: float(rank) for pattern, rank in smaller.items()}
@@ -134,7 +125,3 @@ def _compressed(A: jax.Array, B: jax.Array, rank: int) -> tuple[jax.Array, jax.A
     U, S, V = linalg.svd(A @ B, rank)
     root = jnp.sqrt(S)
     return U * root[None], root[:, None] * V.T
-
-
-def _exactly(path: str) -> str:
-    return f"^{re.escape(path)}$"

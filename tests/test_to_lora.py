@@ -164,3 +164,13 @@ def test_two_methods_on_one_kernel_are_no_lora(pair: Pair) -> None:
     state = peft.init(jax.random.key(0), pair.params)
     with pytest.raises(ValueError, match="bottleneck does not change .* by a low-rank product"):
         pefts.to_lora(peft, state, pair.params)
+
+
+def test_compositions_inside_compositions_keep_every_part(pair: Pair) -> None:
+    low_rank = pefts.pissa(rank=2, targets="query", axes=pair.axes)
+    inner = pefts.chain(pefts.full(targets="key"), low_rank)
+    peft = pefts.chain(inner, pefts.bitfit())
+    state = pefts.randomize(jax.random.key(1), peft.init(jax.random.key(0), pair.params))
+    lora, converted = pefts.to_lora(peft, state, pair.params)
+    assert [member["method"] for member in lora.config["members"]] == ["chain", "bitfit"]
+    close(pair.run(lora, converted), pair.run(peft, state), FLOAT32, "outputs of the LoRA")
