@@ -178,7 +178,7 @@ def spectra(
 ) -> dict[str, jax.Array]:
     """{path: singular values (*stack, k), descending} of the targeted kernels."""
     return {
-        site.path: _map(lambda W: linalg.svd(W).S, W)
+        site.path: _map(linalg.singular_values, W)
         for site, W in _kernels(tree, targets, axes, exclude)
     }
 

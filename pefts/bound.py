@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefts import views
+from pefts.linalg import precise
 
 State = Mapping[str, Any]
 _owners = itertools.count()
@@ -151,8 +152,7 @@ def effective_matrix(bound: BoundKernel, ambient: Ambient) -> jax.Array:
     if isinstance(base, BoundKernel):
         matrix = effective_matrix(base, ambient)
     else:
-        matrix = views.to_matrix(base, axes)
-        matrix = matrix.astype(matrix.dtype if matrix.dtype == jnp.float64 else jnp.float32)
+        matrix = precise(views.to_matrix(base, axes))
     if rule.effective is None:
         return matrix
     call = ambient.call(bound)

@@ -35,6 +35,16 @@ class LU(NamedTuple):
     U: jax.Array  # (..., k, d_out), ones on the diagonal, zeros below
 
 
+def precise(x: jax.Array) -> jax.Array:
+    """x in float32, or float64 where it is."""
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def singular_values(W: Any) -> jax.Array:
+    """S (..., k) of W (..., d_in, d_out), all of them, descending, without the vectors."""
+    return jnp.linalg.svd(_matrix(W, "W"), compute_uv=False)
+
+
 def svd(
     W: Any,
     rank: int | None = None,
@@ -293,4 +303,4 @@ def _matrix(W: Any, name: str) -> jax.Array:
         raise ValueError(
             f"{name} of shape {W.shape} and dtype {W.dtype}: give a floating matrix (..., m, n)."
         )
-    return W.astype(jnp.float64 if W.dtype == jnp.float64 else jnp.float32)
+    return precise(W)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from pefts import linalg
 from pefts.core import Sites
 from pefts.targets import Site
 
@@ -47,6 +47,4 @@ def spectra(
 @jax.jit
 def _singular_values(W: jax.Array) -> jax.Array:
     """(*stack, d_in, d_out) -> (slices, min(d_in, d_out))."""
-    W = W.astype(W.dtype if W.dtype == jnp.float64 else jnp.float32)
-    matrices = W.reshape(-1, *W.shape[-2:])
-    return jax.lax.map(lambda M: jnp.linalg.svd(M, compute_uv=False), matrices)
+    return jax.lax.map(linalg.singular_values, W.reshape(-1, *W.shape[-2:]))

@@ -79,7 +79,7 @@ def corda(
 
     def start(key: jax.Array, W: jax.Array, *, site: Site, stats: Any) -> tuple[dict, dict]:
         del key
-        W = W.astype(W.dtype if W.dtype == jnp.float64 else jnp.float32)
+        W = linalg.precise(W)
         _, S, V = linalg.svd(damped(stats["sample_moment"].astype(W.dtype)) @ W)
         chosen = slice(site.rank) if mode == "ipm" else slice(-site.rank, None)
         eps, tiny = jnp.finfo(S.dtype).eps, jnp.finfo(S.dtype).tiny

@@ -25,6 +25,7 @@ import numpy as np
 from pefts import paths
 from pefts.bound import Call, Rule, State
 from pefts.core import SHARED, Declaration, Params, PeftState, Sites, Traits, factory
+from pefts.linalg import precise
 from pefts.targets import Select, Site, selection
 
 EVERY_LEAF = "."
@@ -166,12 +167,8 @@ def _count_below(leaf: jax.Array, theta: jax.Array) -> jax.Array:
 
 def _small(W: jax.Array, threshold: Any) -> jax.Array:
     """1[|W| < theta], in float32 or better, whatever W is stored in."""
-    W = _precise(W)
+    W = precise(W)
     return jnp.abs(W) < jnp.asarray(threshold, W.dtype)
-
-
-def _precise(W: jax.Array) -> jax.Array:
-    return W.astype(W.dtype if W.dtype == jnp.float64 else jnp.float32)
 
 
 def _count_entries(
@@ -212,7 +209,7 @@ def _start(
     found = jnp.nonzero(mask.reshape(-1), size=nnz, fill_value=size)[0].astype(jnp.int32)
     # Padding has indices of its own outside the leaf: the scatter is promised unique ones.
     idx = jnp.where(found < size, found, size + jnp.arange(nnz, dtype=jnp.int32))
-    values = _gather(_precise(W), idx)
+    values = _gather(precise(W), idx)
     frozen = {
         "idx": idx,
         # The sides of W, which a penalty that sees the state alone needs; also a check on loading.
