@@ -33,6 +33,21 @@ def additive(init: Init, factors: Factors) -> Rule:
     return Rule(init, effective, linear, factors=factors, through_dot=True)
 
 
+def replacing(init: Init, factors: Factors) -> Rule:
+    """The rule of W' = A B, (A, B) = factors(p, call), which no longer touches W."""
+
+    def effective(W: jax.Array, p: State, call: Call) -> jax.Array:
+        A, B = factors(p, call)
+        return A.astype(W.dtype) @ B.astype(W.dtype)
+
+    def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
+        del W
+        A, B = factors(p, call)
+        return matmul(call.dot(x, A), B)
+
+    return Rule(init, effective, linear, through_dot=True)
+
+
 def moved(
     A: jax.Array, B: jax.Array, A0: jax.Array, B0: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -29,7 +29,7 @@ import numpy as np
 from pefts import linalg
 from pefts.bound import Call, Rule, State, matmul
 from pefts.core import CONTEXT, Declaration, Traits, factory
-from pefts.low_rank import Init, additive, moved
+from pefts.low_rank import Init, additive, moved, replacing
 from pefts.targets import Select, Site, selection
 
 STARTS = ("svd", "fresh")
@@ -157,19 +157,7 @@ def _fixed(init: Init, row: np.ndarray, residual: bool) -> Rule:
         A_G, B_G, _ = _change(p, G)
         return jnp.concatenate([A_G, A], axis=-1), jnp.concatenate([B_G, B], axis=-2)
 
-    if residual:
-        return additive(init, factors)
-
-    def effective(W: jax.Array, p: State, call: Call) -> jax.Array:
-        A, B = factors(p, call)
-        return A.astype(W.dtype) @ B.astype(W.dtype)
-
-    def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
-        del W
-        A, B = factors(p, call)
-        return matmul(call.dot(x, A), B)
-
-    return Rule(init, effective, linear, through_dot=True)
+    return (additive if residual else replacing)(init, factors)
 
 
 def _gated(init: Init, table: Any, residual: bool) -> Rule:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from pefts import linalg, paths, views
-from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Params, PeftState, Sites, Traits, factory
+from pefts.low_rank import replacing
 from pefts.targets import Select, Selection, Site, selection
 
 FEW_OUTPUTS = 10  # kernels with fewer are small heads
@@ -83,7 +83,7 @@ def pela(
         return w_inf * _mean_excess(state, params, chosen, eps)
 
     return Declaration(
-        rule=Rule(_start, effective, linear, through_dot=True),
+        rule=replacing(_start, lambda p, call: (p["A"], p["B"])),
         selection=chosen,
         traits=Traits(identity_at_init=False),
         prepare=prepare,
@@ -96,25 +96,13 @@ def rank_of(d_in: int, d_out: int, compression: float) -> int:
     return int(d_in * d_out / (compression * (d_in + d_out)))
 
 
-def effective(W: jax.Array, p: State, call: Call) -> jax.Array:
-    """A B."""
-    del call
-    return p["A"].astype(W.dtype) @ p["B"].astype(W.dtype)
-
-
-def linear(x: Any, W: Any, p: State, call: Call) -> jax.Array:
-    """(x A) B."""
-    del W
-    return matmul(call.dot(x, p["A"]), p["B"])
-
-
 def largest_change(A: jax.Array, B: jax.Array, W: jax.Array) -> jax.Array:
     """max_ij |A B - W|_ij in float32 or better; its gradient is that of one entry.
 
     The entry is found first and computed again by itself, so nothing of the kernel's size is kept
     for the backward pass.
     """
-    W = W.astype(W.dtype if W.dtype == jnp.float64 else jnp.float32)
+    W = linalg.precise(W)
     A, B = A.astype(W.dtype), B.astype(W.dtype)
     product = jnp.matmul(*jax.lax.stop_gradient((A, B)), precision=jax.lax.Precision.HIGHEST)
     row, column = jnp.unravel_index(jnp.argmax(jnp.abs(product - W)), W.shape)
