@@ -1,20 +1,33 @@
 """Every config: its docstring says what it needs to, and its tiny mode trains and resumes."""
 
+import functools
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import train
+from data import stdlib_docs
 from training import checkpoint, evaluate, report
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*_*.py"))
 CONFIGS = [file.stem for file in FILES if file.stem != "__init__"]
 pytestmark = pytest.mark.usefixtures("optax_promotes_its_step_count")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_library_is_parsed_once() -> Iterator[None]:
+    read = functools.cache(lambda folder: list(original(folder)))
+    original = stdlib_docs.read_docs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib_docs, "read_docs", read)
+        yield
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -44,17 +57,20 @@ SMALL = {"init_rank": 4, "target_rank": 2, "width": 8, "threshold": 0.01, "rank"
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tiny_mode_trains_and_resumes(name: str, base: Path, tmp_path: Path) -> None:
-    config = tiny(name, base)
-    session = train.prepare(config)
+    session = train.prepare(tiny(name, base))
     adapted = evaluate.adapted_forward(session.run)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves(session.state.peft_state.trainable)]
-    whole = train.loop(session, tmp_path / "whole", adapted)
+
+    def train_to(step: int, folder: str) -> train.TrainState:
+        start = jax.tree.map(jnp.copy, session.state)  # a step donates it
+        return train.loop(session._replace(state=start, steps=step), tmp_path / folder, adapted)
+
+    whole = train_to(2, "whole")
     after = jax.tree.leaves(whole.peft_state.trainable)
     assert sum(bool(np.any(a != b)) for a, b in zip(after, before, strict=True)) >= len(after) / 2
 
-    again = train.prepare(config)
-    train.loop(again._replace(steps=1), tmp_path / "parts", adapted)
-    resumed = train.loop(train.prepare(config), tmp_path / "parts", adapted)
+    train_to(1, "parts")
+    resumed = train_to(2, "parts")
     for mine, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     losses = [report.read_rows(tmp_path / part / "metrics.csv") for part in ("whole", "parts")]
