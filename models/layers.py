@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.attention import Attend
 from models.config import ACTIVATIONS, REMAT, EncoderConfig
 
 BLOCK_OUTPUT = "block_output"  # among a model's intermediates: (B, T, D), or (L, B, T, D) scanned
@@ -77,32 +78,6 @@ def _positions(config: EncoderConfig, tokens_BxT: jax.Array) -> jax.Array:
     # RoBERTa counts real tokens from pad_id + 1 and leaves pads on row pad_id.
     real_BxT = (tokens_BxT != config.pad_id).astype(jnp.int32)
     return jnp.cumsum(real_BxT, axis=1) * real_BxT + config.pad_id
-
-
-class Attend(nn.Module):
-    """dropout(softmax(q k^T / sqrt(H))) v over positions where mask is True; no parameters.
-
-    A module of its own so that an interceptor can see queries, keys and values (prefix tuning).
-    Shapes: q (B, T, N, H); k, v (B, S, N, H); mask (B, 1, 1, S) boolean. Returns (B, T, N, H).
-
-    Probabilities are dropped only where `dropout` is above 0 in training; jax.nn's attention has no
-    such dropout, so that case is written out.
-    """
-
-    dropout: float = 0.0
-    deterministic: bool = True
-
-    @nn.compact
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        if self.dropout == 0 or self.deterministic:
-            return jax.nn.dot_product_attention(q, k, v, mask=mask)
-        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        logits_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q, k).astype(jnp.float32)
-        # The lowest finite number, not -inf: a row without any token stays free of NaN.
-        masked = jnp.where(mask, logits_BxNxTxS, jnp.finfo(jnp.float32).min)
-        weights_BxNxTxS = jax.nn.softmax(masked, axis=-1).astype(v.dtype)
-        drop = nn.Dropout(self.dropout, deterministic=False)
-        return jnp.einsum("BNTS,BSNH->BTNH", drop(weights_BxNxTxS), v)
 
 
 class SelfAttention(nn.Module):
