@@ -44,6 +44,7 @@ class Traits:
 
     mergeable: bool = True  # `merge` exists
     identity_at_init: bool = True  # a fresh state leaves the model's outputs unchanged
+    decodes: bool = True  # token by token through a cache is the same as all at once
     stochastic: bool = False  # the product uses the "dropout" random stream when there is one
     needs: tuple[str, ...] = ()  # statistics of pefts.calibrate by name, and "context"
     components: int = 0  # how many of them, where "pca" is among the needs

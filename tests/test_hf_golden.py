@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import models
 import pefts
 
 GOLDEN = Path(__file__).parents[1] / "../shared/golden/peft"
@@ -46,6 +47,16 @@ def test_an_imported_adapter_computes_what_peft_computes(name: str, scanned: boo
     expected = np.load(GOLDEN / name / "logits.npy")
     assert np.abs(expected - np.load(GOLDEN / "base_logits.npy")).max() > 1e-3
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_decoder_computes_what_peft_computes(name: str) -> None:
+    """The adapter beside the kernels of models.decoder, read from the same folder."""
+    model, params, names = models.load(GOLDEN / "base")
+    peft, state = pefts.import_hf(adapter(name), params, names)
+    bound = {"params": peft.bind(params, state)}
+    logits = pefts.apply(model.apply)(bound, np.load(GOLDEN / "ids.npy").astype(np.int32))
+    np.testing.assert_allclose(logits, np.load(GOLDEN / name / "logits.npy"), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("scanned", [True, False])

@@ -28,6 +28,7 @@ ALIGNED: Mapping[str, float] = {
     "1": 1,
     "mask": 1,
     "attention_mask": 1,
+    "targets": 0,
     "token_types": 0,
     "token_type_ids": 0,
 }
@@ -102,7 +103,7 @@ def prompt(
     return Declaration(
         rule=Rule(start, output=_overwrite, inputs=inputs),
         selection=selection(default=TABLES, **select),
-        traits=Traits(mergeable=False, identity_at_init=False),
+        traits=Traits(mergeable=False, identity_at_init=False, decodes=False),
         init_shared=_one_table,
     )
 
