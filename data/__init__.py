@@ -1,4 +1,4 @@
-"""Tasks to fine-tune on: `data.load(name)` returns a `Task`."""
+"""Tasks to fine-tune on: `data.load(name)` returns a `Task`, or a `LanguageTask` of texts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from data import files, public_sets, stdlib_docs, tfds_source
+from data import corpora, files, generation_sets, instruct, public_sets, stdlib_docs, tfds_source
 from data.task import Example, Task, limit, make_task
+from data.written import LanguageTask, Written, first, make_language_task
 
-__all__ = ["TASKS", "Example", "Task", "limit", "load", "make_task"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "LanguageTask",
+    "Task",
+    "Written",
+    "limit",
+    "load",
+    "make_language_task",
+    "make_task",
+]
 
-TASKS: dict[str, Callable[..., Task]] = {
+TASKS: dict[str, Callable[..., Task | LanguageTask]] = {
     "cola": partial(public_sets.load, "cola"),
     "files": files.load,
+    "instruct": instruct.load,
     "mpqa": partial(public_sets.load, "mpqa"),
     "mr": partial(public_sets.load, "mr"),
     "mrpc": partial(public_sets.load, "mrpc"),
@@ -24,17 +36,22 @@ TASKS: dict[str, Callable[..., Task]] = {
     "sst5": partial(public_sets.load, "sst5"),
     "stdlib_docs": stdlib_docs.load,
     "subj": partial(public_sets.load, "subj"),
+    "text": corpora.load,
     "tfds": tfds_source.load,
+    "tinyshakespeare": partial(corpora.load, "tinyshakespeare"),
     "trec": partial(public_sets.load, "trec"),
+    "wikitext2": partial(corpora.load, "wikitext2"),
+    **{name: partial(generation_sets.load, name) for name in generation_sets.KNOWN},
 }
 
 
-def load(name: str, *, examples: int | None = None, **options: Any) -> Task:
+def load(name: str, *, examples: int | None = None, **options: Any) -> Task | LanguageTask:
     """Return a task by name.
 
     Args:
         name: a key of `TASKS`.
-        examples: keep at most so many examples per split (see `limit`); None keeps all.
+        examples: keep at most so many examples per split (see `limit`; of a `LanguageTask` the
+            first texts); None keeps all.
         **options: arguments of the task's own loader, such as `root=` of the public data sets.
 
     Returns:
@@ -54,4 +71,6 @@ def load(name: str, *, examples: int | None = None, **options: Any) -> Task:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"name={name!r} is not a task; {hint}Choose from {', '.join(TASKS)}")
     task = TASKS[name](**options)
-    return task if examples is None else limit(task, examples)
+    if examples is None:
+        return task
+    return first(task, examples) if isinstance(task, LanguageTask) else limit(task, examples)

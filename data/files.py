@@ -95,7 +95,7 @@ def read_examples(path: Path, layout: Layout) -> Iterator[Example]:
     """
     if layout.kind not in KINDS:
         raise ValueError(f"kind={layout.kind!r} is unknown; choose from {', '.join(KINDS)}")
-    content = _read_text(path, layout.encoding)
+    content = read_text(path, layout.encoding)
     if not content.strip():
         raise ValueError(f"{path}: the file is empty; every split needs examples")
     read = {"jsonl": _jsonl_rows, "lines": _line_rows}.get(layout.kind, _table_rows)
@@ -117,7 +117,8 @@ def read_examples(path: Path, layout: Layout) -> Iterator[Example]:
 Row = tuple[int, str, str, str | None]
 
 
-def _read_text(path: Path, encoding: str) -> str:
+def read_text(path: Path, encoding: str) -> str:
+    """Return the content of a text file, plain or gzip, with errors that name it."""
     zipped = path.with_name(path.name + ".gz")
     found = path if path.is_file() or not zipped.is_file() else zipped
     if not found.is_file():
@@ -135,14 +136,14 @@ def _read_text(path: Path, encoding: str) -> str:
         ) from error
 
 
-def _lines(text: str) -> list[str]:
+def lines(text: str) -> list[str]:
     """Split at line feeds alone: str.splitlines also splits at control characters in the text."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if not lines[-1] else lines
+    found = [line.removesuffix("\r") for line in text.split("\n")]
+    return found[:-1] if not found[-1] else found
 
 
 def _line_rows(path: Path, text: str, layout: Layout) -> Iterator[Row]:
-    for number, line in enumerate(_lines(text), start=1):
+    for number, line in enumerate(lines(text), start=1):
         label, space, sentence = line.partition(" ")
         if not label or not space and not layout.skip_empty:
             raise ValueError(
@@ -153,7 +154,7 @@ def _line_rows(path: Path, text: str, layout: Layout) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path, text: str, layout: Layout) -> Iterator[Row]:
-    for number, line in enumerate(_lines(text), start=1):
+    for number, line in enumerate(lines(text), start=1):
         if not line.strip():
             continue
         try:
@@ -199,7 +200,7 @@ def _table_rows(path: Path, text: str, layout: Layout) -> Iterator[Row]:
 def _split_table(path: Path, text: str, layout: Layout) -> Iterator[tuple[int, list[str]]]:
     delimiter = "\t" if layout.kind == "tsv" else ","
     if not layout.quoting:
-        for number, line in enumerate(_lines(text), start=1):
+        for number, line in enumerate(lines(text), start=1):
             if line.strip():
                 yield number, line.split(delimiter)
         return

@@ -184,7 +184,7 @@ def train_batches(
             "lower it"
         )
     weight = class_weights(rows.labels, balance, rows.classes)[rows.labels]
-    part = _part(batch_size, process_index, process_count)
+    part = process_part(batch_size, process_index, process_count)
     members = _members(rows, buckets)
     source = _Source(rows, weight, members, batch_size, part, seed, token_dropout)
     return _batches(source, dropped=len(rows.ids) % batch_size)
@@ -217,7 +217,7 @@ def eval_batches(
     """
     _check(rows, batch_size, buckets, process_index, process_count)
     weight = np.ones(len(rows.ids), np.float32)
-    part = _part(batch_size, process_index, process_count)
+    part = process_part(batch_size, process_index, process_count)
     return _batches(_Source(rows, weight, _members(rows, buckets), batch_size, part, None), 0)
 
 
@@ -413,6 +413,7 @@ def _check(
         )
 
 
-def _part(batch_size: int, process_index: int, process_count: int) -> slice:
+def process_part(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Return the rows of a global batch that one process yields."""
     local = batch_size // process_count
     return slice(process_index * local, (process_index + 1) * local)

@@ -36,11 +36,13 @@ class Tokenizer:
       folder: holds tokenizer.json, or vocab.txt of a WordPiece model.
       pad_id: id that fills short rows.
       vocab_size: one more than the largest id.
+      end_id: of the token that ends a text, or None.
     """
 
     folder: Path
     pad_id: int
     vocab_size: int
+    end_id: int | None = None
 
     def encode(
         self,
@@ -77,6 +79,24 @@ class Tokenizer:
         encoded = raw.encode_batch(rows)
         return Encoded([row.ids for row in encoded], [row.type_ids for row in encoded])
 
+    def encode_spans(
+        self, texts: Sequence[str], special: bool = True
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Of each text its ids, and the (start, end) in it of each id; (0, 0) for what was added.
+
+        Args:
+          texts: any; special tokens written out in them are recognised.
+          special: add the special tokens that begin (and end) a text.
+
+        Raises:
+          ValueError: texts is one string.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts is one string; give a list of strings, [text] for one")
+        raw = _open(self.folder, None, False)
+        encoded = raw.encode_batch(list(texts), add_special_tokens=special)
+        return [(row.ids, row.offsets) for row in encoded]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of one row of ids, without special tokens."""
         return _open(self.folder, None, False).decode(list(ids))
@@ -101,14 +121,24 @@ def load(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
             f"the tokenizer in {folder} has id {largest} ({token!r}), the model"
             f" vocab_size={vocab_size}; tokenizer and model do not belong together"
         )
-    return Tokenizer(folder, vocabulary[_pad_token(folder, vocabulary)], largest + 1)
+    end = _named_token(folder, "eos_token")
+    pad = vocabulary[_pad_token(folder, vocabulary)]
+    return Tokenizer(folder, pad, largest + 1, vocabulary.get(end) if end else None)
+
+
+def _named_token(folder: Path, name: str) -> str | None:
+    named = _read_json(folder / "tokenizer_config.json").get(name)
+    # Older files describe the token by an object.
+    return named.get("content") if isinstance(named, dict) else named
 
 
 def _pad_token(folder: Path, vocabulary: dict[str, int]) -> str:
-    named = _read_json(folder / "tokenizer_config.json").get("pad_token")
-    # Older files describe the token by an object.
-    named = named.get("content") if isinstance(named, dict) else named
-    for token in (named, *PAD_TOKENS):
+    # Decoders often have none, and any token will do where it is masked.
+    for token in (
+        _named_token(folder, "pad_token"),
+        *PAD_TOKENS,
+        _named_token(folder, "eos_token"),
+    ):
         if token in vocabulary:
             return token
     raise ValueError(
