@@ -2,7 +2,8 @@
 
 The adapter is loaded onto the original base and scored twice: through the factored products, and
 merged into the kernels where the method allows it. --analyse adds what it did to the kernels: their
-spectra, and which of their singular vectors the base does not have.
+spectra, and which of their singular vectors the base does not have. --write="Once upon a time"
+continues a text instead; several prompts are one batch.
 """
 
 import sys
@@ -12,13 +13,18 @@ import numpy as np
 from absl import app, flags, logging
 
 import pefts
-from data import metrics
 from training import analysis, checkpoint, evaluate, experiment, report
-from training.experiment import Experiment
+from training.objective import Experiment, Scores, Writing
 
 RUN = flags.DEFINE_string("run", None, "a run folder that train.py made", required=True)
 SPLIT = flags.DEFINE_string("split", "test", "the split to score")
 ANALYSE = flags.DEFINE_bool("analyse", False, "also compare the kernels before and after")
+PROMPTS = flags.DEFINE_multi_string("write", [], "a text to continue; may be given several times")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "the most that a prompt is continued by")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of sampling; 0 takes the likeliest token")
+TOP_K = flags.DEFINE_integer("top_k", 0, "sample from so many likeliest tokens; 0: from all")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "sample from the tokens that together reach this")
+SEED = flags.DEFINE_integer("seed", 0, "of sampling")
 ADAPTER = flags.DEFINE_string("adapter", None, "an adapter file; RUN/adapter.safetensors if absent")
 
 
@@ -29,32 +35,56 @@ def load_run(folder: Path, adapter: Path) -> tuple[Experiment, pefts.PeftState]:
     return run._replace(peft=peft), state
 
 
-def evaluate_run(run: Experiment, state: pefts.PeftState, split: str) -> dict[str, metrics.Scores]:
+def evaluate_run(run: Experiment, state: pefts.PeftState, split: str) -> dict[str, Scores]:
     """Scores of the adapter on a split: "adapted", and "merged" if it can be."""
-    labels, classes = evaluate.rows_of(run, split).labels, len(run.task.labels)
+    predict = run.objective.predict
     forward = evaluate.adapted_forward(run)
-    logits = {"adapted": evaluate.predict(run, forward, (run.params, state), split)}
+    found = {"adapted": predict(run, forward, (run.params, state), split)}
     if run.peft.traits.mergeable:
         merged = run.peft.merge(run.params, state)
-        logits["merged"] = evaluate.predict(run, evaluate.forward(run), merged, split)
-        gap = np.abs(logits["adapted"] - logits["merged"]).max()
-        report.console.print(f"largest difference of a logit, merged or not: {gap:.1e}")
-    return {n: metrics.score(labels, x.argmax(-1), classes=classes) for n, x in logits.items()}
+        found["merged"] = predict(run, evaluate.forward(run), merged, split)
+        gap = np.abs(found["adapted"] - found["merged"]).max()
+        report.console.print(f"largest difference of an output, merged or not: {gap:.1e}")
+    return {name: run.objective.scores(run, values, split) for name, values in found.items()}
+
+
+def continue_prompts(run: Experiment, state: pefts.PeftState) -> None:
+    """Print a continuation of every prompt.
+
+    Raises:
+      ValueError: the run's model writes nothing.
+    """
+    write = run.objective.write
+    if write is None:
+        raise ValueError(f"--write: a model of the task {run.task.name!r} writes no text.")
+    how = Writing(NEW_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
+    texts = write(run, (run.params, state), PROMPTS.value, how)
+    for prompt, text in zip(PROMPTS.value, texts, strict=True):
+        report.show_text(prompt, text)
+
+
+def score_run(run: Experiment, state: pefts.PeftState, adapter: Path, folder: Path) -> None:
+    """Print and write the scores on a split."""
+    split = SPLIT.value
+    results = evaluate_run(run, state, split)
+    report.show_results(results, split)
+    file = folder / f"eval_{split}.json"
+    report.save_results(file, results, split=split, adapter=str(adapter))
+    report.show_files({"results": file})
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options start with --")
     logging.set_verbosity(logging.WARNING)
-    folder, split = Path(RUN.value), SPLIT.value
+    folder = Path(RUN.value)
     adapter = Path(ADAPTER.value) if ADAPTER.value else folder / "adapter.safetensors"
     try:
         run, state = load_run(folder, adapter)
-        results = evaluate_run(run, state, split)
-        report.show_results(results, split)
-        file = folder / f"eval_{split}.json"
-        report.save_results(file, results, run.task.labels, split=split, adapter=str(adapter))
-        report.show_files({"results": file})
+        if PROMPTS.value:
+            continue_prompts(run, state)
+            return
+        score_run(run, state, adapter, folder)
         if ANALYSE.value:
             analysis.write(run, state, folder)
     except (ValueError, OSError, ImportError) as error:

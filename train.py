@@ -23,7 +23,7 @@ from configs.base import Config
 from data.pipeline import Batches
 from models import sharding
 from training import checkpoint, distill, evaluate, experiment, plan, report
-from training.experiment import Experiment
+from training.objective import Experiment, Forward
 
 DEFAULT = str(Path(__file__).parent / "configs" / "minilm_stdlib_docs_lora.py")
 CONFIG = config_flags.DEFINE_config_file("config", DEFAULT, "the experiment", lock_config=True)
@@ -54,23 +54,21 @@ class Metrics(NamedTuple):
 
 def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[..., Any]:
     """The pure update (state, params, batch) -> (state, metrics)."""
-    forward, peft = distill.watched(pefts.apply(run.model.apply), run.config), run.peft
+    forward, peft = distill.watched(run, pefts.apply(run.model.apply)), run.peft
     deterministic = not run.config.train.base_dropout
 
     def loss_fn(trainable: Any, state: TrainState, params: Any, batch: Any) -> Any:
         peft_state = state.peft_state._replace(trainable=trainable)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        logits, layers = forward(
+        output, layers = forward(
             {"params": peft.bind(params, peft_state)},
-            batch["tokens"],
-            batch["mask"],
-            token_types=batch["token_types"],
+            batch,
             deterministic=deterministic,
             rngs={"dropout": key},
         )
-        loss = experiment.cross_entropy(logits, batch)
+        loss = run.objective.loss(output, batch)
         penalty = peft.penalty(peft_state, params)
-        penalty += distill.loss(run, params, batch, (logits, layers))
+        penalty += distill.loss(run, params, batch, (output, layers))
         return loss + penalty, (loss, penalty)
 
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
@@ -135,7 +133,7 @@ def prepare(config: Config) -> Session:
     mesh = sharding.data_mesh(config.data.batch_size)
     run = experiment.build(config)
     run = run._replace(params=sharding.replicate(mesh, run.params))
-    batches = experiment.train_batches(run)
+    batches = run.objective.train_batches(run)
     steps = experiment.total_steps(config, batches)
     first = (batches[n] for n in range(config.calibrate.batches))
     stats = experiment.statistics(run, (sharding.split_batch(mesh, batch) for batch in first))
@@ -164,7 +162,7 @@ def prepare(config: Config) -> Session:
     return Session(run, batches, steps, state, place, update, the_plan)
 
 
-def loop(session: Session, folder: Path, adapted: evaluate.Forward) -> TrainState:
+def loop(session: Session, folder: Path, adapted: Forward) -> TrainState:
     """From the folder's newest checkpoint, or from the start, to the last step."""
     run, steps, state = session.run, session.steps, session.state
     config = run.config.train
@@ -176,7 +174,7 @@ def loop(session: Session, folder: Path, adapted: evaluate.Forward) -> TrainStat
         source.set_state(position)
         report.console.print(f"resuming at step {int(state.step)} of {steps}")
     start = int(state.step)
-    log, clock = report.Log(folder, start), _Clock()
+    log, clock = report.Log(folder, start, run.objective.columns), _Clock()
     norms: deque[float] = deque(maxlen=5)
     with report.meter(steps, start) as meter:
         for step in range(start + 1, steps + 1):
@@ -190,7 +188,7 @@ def loop(session: Session, folder: Path, adapted: evaluate.Forward) -> TrainStat
             if step == steps or step % config.eval_every == 0:
                 scores = evaluate.score(run, adapted, (run.params, state.peft_state), "dev")
                 report.show_scores(step, "dev", scores)
-                values |= {"dev_accuracy": scores.accuracy, "dev_macro_f1": scores.macro_f1}
+                values |= report.columns("dev", scores)
             log.write(step, values)
             if step == steps or step % config.save_every == 0:
                 log.flush()
@@ -201,31 +199,17 @@ def loop(session: Session, folder: Path, adapted: evaluate.Forward) -> TrainStat
     return state
 
 
-def finish(run: Experiment, folder: Path, state: TrainState, adapted: evaluate.Forward) -> None:
-    """Score the adapted model against the baselines; write adapter, results and figure."""
-    labels, split = run.task.labels, "test"
+def finish(run: Experiment, folder: Path, state: TrainState, adapted: Forward) -> None:
+    """Write the adapter, and what the objective makes of it: scores and a figure."""
     pefts.save(folder / "adapter.safetensors", run.peft, state.peft_state, run.params)
-    probe = evaluate.linear_probe(run, ["dev", split])
-    floors = {"majority class": evaluate.majority(run, "dev"), "linear probe": probe["dev"]}
-    results = {
-        "majority class": evaluate.majority(run, split),
-        "linear probe": probe[split],
-        "adapted": evaluate.score(run, adapted, (run.params, state.peft_state), split),
-    }
-    facts = {"split": split, "steps": int(state.step), "method": run.config.method.method}
-    trainable = pefts.count(state.peft_state.trainable)
-    report.save_results(folder / "results.json", results, labels, trainable=trainable, **facts)
-    rows = report.read_rows(folder / "metrics.csv")
-    report.figure(folder / "figure.png", rows, floors, results["adapted"], labels)
-    report.show_results(results, split)
+    written = run.objective.finish(run, folder, state, adapted)
     report.show_files(
         {
             "adapter": folder / "adapter.safetensors",
             "checkpoints": folder / "checkpoints",
             "metrics": folder / "metrics.csv",
             "tensorboard": folder / "tensorboard",
-            "results": folder / "results.json",
-            "figure": folder / "figure.png",
+            **written,
         }
     )
 
@@ -234,10 +218,9 @@ def finish(run: Experiment, folder: Path, state: TrainState, adapted: evaluate.F
 
 
 def _title(run: Experiment, folder: Path) -> dict[str, str]:
-    sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in run.rows.items())
     config = run.config
     return {
-        "data": f"{run.task.name}: {sizes}; {len(run.task.labels)} classes",
+        "data": run.objective.describe(run),
         "model": f"{config.model.source} in {config.model.dtype} on {len(jax.devices())} device(s)",
         "method": str(config.method.method),
         "run folder": str(folder),

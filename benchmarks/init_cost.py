@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 import pefts
 from benchmarks.methods import PREFIX, names
+from configs.base import plain
 from pefts import core
 from training import experiment
 
@@ -41,7 +42,7 @@ MIB = 2**20
 def measure(name: str) -> dict[str, Any]:
     """Start one config's method on MiniLM, in this process."""
     run = experiment.build(importlib.import_module(f"configs.{name}").get_config())
-    batches = experiment.train_batches(run)
+    batches = run.objective.train_batches(run)
     first = [batches[n] for n in range(run.config.calibrate.batches)]
     jax.block_until_ready(run.params)
     before = _peak_bytes()
@@ -55,7 +56,7 @@ def measure(name: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - calibrated,
         "peak_mib": (_peak_bytes() - before) / MIB,
         "trainable": pefts.count(state.trainable),
-        "llama": llama(experiment.plain(run.config.method)),
+        "llama": llama(plain(run.config.method)),
     }
 
 

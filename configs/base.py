@@ -1,4 +1,4 @@
-"""What the experiments on encoders have in common; each config says only what differs."""
+"""What experiments have in common, on encoders and on decoders; a config says what differs."""
 
 from typing import Any
 
@@ -10,11 +10,7 @@ MODES = ("", "tiny")
 
 def encoder_classification(name: str, mode: str = "") -> Config:
     """Text classification of the standard library's docstrings with a pretrained MiniLM."""
-    if mode not in MODES:
-        raise ValueError(f"config mode {mode!r} is none of {MODES}; use for instance NAME.py:tiny")
-    config: Config = ConfigDict()
-    config.name = name + (f"_{mode}" if mode else "")
-    config.seed = 0
+    config = _named(name, mode)
     config.model = ConfigDict(
         {
             "source": "minilm",  # also a folder, or a Hugging Face hub id
@@ -43,18 +39,7 @@ def encoder_classification(name: str, mode: str = "") -> Config:
     # Weights of what is added to the loss: mean squared distances from the unadapted base in
     # evaluation mode, of every layer's output, and of the logits (for a base with a trained head).
     config.distill = ConfigDict({"features": 0.0, "logits": 0.0})
-    config.optimizer = ConfigDict(
-        {
-            "name": "adamw",  # or one of pefts.OPTIMIZERS, with its options
-            "learning_rate": 1e-3,  # peak
-            "warmup": 0.06,  # share of all steps
-            "weight_decay": 0.01,
-            "clip_norm": 1.0,
-            "no_decay": (r"bias",),  # patterns of trainable leaves
-            "factors": ConfigDict(),  # pattern -> learning-rate factor; {"/B$": 16.0} is LoRA+
-            "options": ConfigDict(),  # for optimizers other than adamw
-        }
-    )
+    config.optimizer = _optimizer(no_decay=("bias",))
     config.train = ConfigDict(
         {
             "epochs": 2.0,
@@ -65,14 +50,87 @@ def encoder_classification(name: str, mode: str = "") -> Config:
         }
     )
     if mode == "tiny":
-        shrink(config)
+        config.data.buckets = (16,)
+        _shrink(config)
     return config
 
 
-def shrink(config: Config) -> None:
+def decoder_language(name: str, mode: str = "") -> Config:
+    """Learning to write running text with a pretrained decoder; the config names both."""
+    config = _named(name, mode)
+    config.model = ConfigDict(
+        {
+            "source": "",  # a folder, or a Hugging Face hub id
+            "dtype": "float32",  # of the computation
+            "param_dtype": "float32",  # of the frozen base
+            "scan_layers": True,
+            "remat": "none",  # or "full", "dots"
+        }
+    )
+    config.task = ConfigDict({"name": "text"}, type_safe=False)
+    config.data = ConfigDict(
+        {
+            "max_length": 512,  # tokens of a packed row, and of the longest text in it
+            "batch_size": 8,
+            "eval_batch_size": 8,
+        }
+    )
+    config.method = ConfigDict()
+    config.calibrate = ConfigDict({"batches": 8})
+    config.head = False
+    config.distill = ConfigDict({"features": 0.0, "logits": 0.0})
+    config.optimizer = _optimizer(no_decay=())
+    config.train = ConfigDict(
+        {
+            "epochs": 1.0,
+            "steps": 0,  # if not 0, instead of epochs
+            "eval_every": 80,
+            "save_every": 50,
+            "base_dropout": False,  # the pretrained model's own dropout
+        }
+    )
+    if mode == "tiny":
+        _shrink(config)
+    return config
+
+
+def _named(name: str, mode: str) -> Config:
+    if mode not in MODES:
+        raise ValueError(f"config mode {mode!r} is none of {MODES}; use for instance NAME.py:tiny")
+    config: Config = ConfigDict()
+    config.name = name + (f"_{mode}" if mode else "")
+    config.seed = 0
+    return config
+
+
+def _optimizer(no_decay: tuple[str, ...]) -> Config:
+    return ConfigDict(
+        {
+            "name": "adamw",  # or one of pefts.OPTIMIZERS, with its options
+            "learning_rate": 1e-3,  # peak
+            "warmup": 0.06,  # share of all steps
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "no_decay": no_decay,  # patterns of trainable leaves
+            "factors": ConfigDict(),  # pattern -> learning-rate factor; {"/B$": 16.0} is LoRA+
+            "options": ConfigDict(),  # for optimizers other than adamw
+        }
+    )
+
+
+def _shrink(config: Config) -> None:
     """Two steps on a few short texts."""
     config.task.examples = 40
-    config.data.max_length, config.data.buckets = 16, (16,)
+    config.data.max_length = 16
     config.data.batch_size, config.data.eval_batch_size = 8, 8
     config.train.steps, config.train.eval_every, config.train.save_every = 2, 1, 1
     config.calibrate.batches = 2
+
+
+def plain(section: Any) -> Any:
+    """A config section as the dicts and lists that JSON would give back."""
+    if isinstance(section, ConfigDict | dict):
+        return {name: plain(value) for name, value in section.items()}
+    if isinstance(section, tuple | list):
+        return [plain(value) for value in section]
+    return section

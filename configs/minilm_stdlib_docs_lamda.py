@@ -15,6 +15,7 @@ def get_config(mode: str = "") -> Config:
     config = encoder_classification("minilm_stdlib_docs_lamda", mode)
     config.train.steps = 2 if mode == "tiny" else 326  # LaMDA's schedule must know the end
     config.optimizer.weight_decay = 0.0  # Sg and B carry a part of the pretrained kernels
+    config.optimizer.learning_rate = 5e-4
     config.method = ConfigDict(
         {
             "method": "lamda",

@@ -16,6 +16,7 @@ def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_pela", mode)
     config.optimizer.weight_decay = 0.0  # the factors are the kernels
+    config.optimizer.learning_rate = 3e-4
     config.distill.features = 1.0
     config.method = ConfigDict({"method": "pela", "compression": 2.0})
     return config

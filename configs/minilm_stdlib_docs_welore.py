@@ -16,5 +16,6 @@ def get_config(mode: str = "") -> Config:
     """`mode`: "" or "tiny"."""
     config = encoder_classification("minilm_stdlib_docs_welore", mode)
     config.optimizer.weight_decay = 0.0  # the factors are the kernels
+    config.optimizer.learning_rate = 1e-4
     config.method = ConfigDict({"method": "welore", "reduction": 0.5})
     return config

@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from models.decoder import Cache, empty_cache
 from models.decoder_config import DecoderConfig
+
+Array = jax.Array | np.ndarray
 
 
 class Sampling(NamedTuple):
@@ -52,8 +55,8 @@ def generate(
     apply: Callable[..., Any],
     config: DecoderConfig,
     variables: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
+    tokens: Array,
+    mask: Array,
     key: jax.Array | None = None,
     *,
     new_tokens: int,
@@ -138,8 +141,8 @@ def _nucleus(logits_BxV: jax.Array, top_p: float) -> jax.Array:
 
 def _check(
     config: DecoderConfig,
-    tokens: jax.Array,
-    mask: jax.Array,
+    tokens: Array,
+    mask: Array,
     key: jax.Array | None,
     new_tokens: int,
     sampling: Sampling,
@@ -159,10 +162,10 @@ def _check(
     if sampling.temperature > 0 and key is None:
         raise ValueError(f"temperature={sampling.temperature} draws tokens at random: pass key=")
     if not isinstance(mask, jax.core.Tracer):
-        _check_padding(jnp.asarray(mask).astype(bool))
+        _check_padding(np.asarray(mask).astype(bool))
 
 
-def _check_padding(mask: jax.Array) -> None:
+def _check_padding(mask: np.ndarray) -> None:
     if not mask.any(axis=1).all():
         raise ValueError("mask has a row without any token; a prompt needs at least one")
     if not mask[:, -1].all():

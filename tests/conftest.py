@@ -55,3 +55,9 @@ def optax_promotes_its_step_count() -> Iterator[None]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a tiny random BERT."""
     return tiny_checkpoint.write(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def decoder_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a tiny random Llama."""
+    return tiny_checkpoint.write_decoder(tmp_path_factory.mktemp("decoder_base"))

@@ -42,9 +42,24 @@ def test_docstring_and_names(name: str) -> None:
         module.get_config("huge")
 
 
-def tiny(name: str, base: Path) -> ConfigDict:
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    lines = [f"{n} bottles hang on the wall, and one falls down.\n\n" for n in range(300)]
+    file.write_text("".join(lines))
+    return file
+
+
+def tiny(name: str, base: Path, decoder_base: Path, text: Path) -> ConfigDict:
+    """The config's tiny mode on a tiny model; a language model's on a text made up here."""
     config = importlib.import_module(f"configs.{name}").get_config("tiny")
-    config.model.source = str(base)
+    is_language = "pooling" not in config.model
+    config.model.source = str(decoder_base if is_language else base)
+    if is_language:
+        examples = config.task.examples
+        config.task = ConfigDict(
+            {"name": "text", "path": str(text), "block": 100, "examples": examples}
+        )
     for option, value in SMALL.items():
         if option in config.method:
             config.method[option] = value
@@ -56,8 +71,10 @@ SMALL = {"init_rank": 4, "target_rank": 2, "width": 8, "threshold": 0.01, "rank"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tiny_mode_trains_and_resumes(name: str, base: Path, tmp_path: Path) -> None:
-    session = train.prepare(tiny(name, base))
+def test_tiny_mode_trains_and_resumes(
+    name: str, base: Path, decoder_base: Path, text: Path, tmp_path: Path
+) -> None:
+    session = train.prepare(tiny(name, base, decoder_base, text))
     adapted = evaluate.adapted_forward(session.run)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves(session.state.peft_state.trainable)]
 

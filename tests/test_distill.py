@@ -93,17 +93,13 @@ def run(config: ConfigDict) -> experiment.Experiment:
 
 
 def first_batch(run: experiment.Experiment) -> dict:
-    return experiment.train_batches(run)[0]
+    return run.objective.train_batches(run)[0]
 
 
 def adapted(run: experiment.Experiment, state, inputs: dict, **kwargs):
     """What the student of a step returns: logits and layer outputs."""
-    forward = distill.watched(pefts.apply(run.model.apply), run.config)
-    bound = run.peft.bind(run.params, state)
-    return forward(
-        {"params": bound}, inputs["tokens"], inputs["mask"], token_types=inputs["token_types"],
-        **kwargs,
-    )  # fmt: skip
+    forward = distill.watched(run, pefts.apply(run.model.apply))
+    return forward({"params": run.peft.bind(run.params, state)}, inputs, **kwargs)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -280,6 +276,7 @@ def test_weights_and_methods_that_do_not_fit_are_refused(config):
 
 def test_a_model_without_layer_outputs_is_refused(config):
     config.distill.features = 1.0
-    silent = distill.watched(lambda *args, **kwargs: (jnp.zeros(3), {}), config)
+    run = experiment.build(config)
+    silent = distill.watched(run, lambda *args, **kwargs: (jnp.zeros(3), {}))
     with pytest.raises(ValueError, match="this model sows no 'block_output'"):
-        silent({"params": {}})
+        silent({"params": {}}, first_batch(run))

@@ -1,13 +1,17 @@
-"""A Hugging Face folder of a tiny random BERT, made without transformers or torch."""
+"""Hugging Face folders of a tiny random BERT and Llama, made without transformers or torch."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import tokenizers
 
 import models
-from models import encoder, hf
+from models import decoder, encoder, hf
+from models.decoder_config import DecoderConfig
+from models.rope import Rope
 
 WORDS = """return the of a and to in is if for an object file or value name this with string be from
 that are not on it by given list class function set path default number type module data error as
@@ -44,4 +48,32 @@ def write(folder: Path) -> Path:
     params = model.init(jax.random.key(3), tokens, jnp.ones_like(tokens), method="embed")["params"]
     names = replace(family.names, layers=config.num_layers, scanned=True)
     hf.save_params(folder, params, names, hf_config)
+    return folder
+
+
+def write_decoder(folder: Path) -> Path:
+    """Write a Llama whose tokens are bytes into `folder`."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(["<end>", *letters])}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    raw.add_special_tokens(["<end>"])
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    folder.mkdir(parents=True, exist_ok=True)
+    raw.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    config = DecoderConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        intermediate_size=40,
+        max_positions=64,
+        rope=Rope(64),
+    )
+    params = decoder.Decoder(config).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    names = replace(models.MODELS["llama"].names, layers=config.num_layers, prefix="model.")
+    hf.save_params(folder, params, names, {**config.to_hf(), "eos_token_id": 0})
     return folder

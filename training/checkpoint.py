@@ -9,8 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from configs.base import Config
-from training.experiment import plain
+from configs.base import Config, plain
 
 CONFIG = "config.json"
 

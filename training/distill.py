@@ -6,33 +6,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from configs.base import Config
 from models.layers import BLOCK_OUTPUT
 from pefts import paths
-from training.experiment import Experiment
+from training.objective import Apply, Experiment
 
 Outputs = dict[str, jax.Array]  # path -> (B, T, D), or (L, B, T, D)
 
 
-def watched(apply: Callable[..., Any], config: Config) -> Callable[..., tuple[jax.Array, Outputs]]:
-    """`apply` that returns (logits, layer outputs), the outputs only where the loss reads them.
+def watched(run: Experiment, apply: Apply) -> Callable[..., tuple[jax.Array, Outputs]]:
+    """A call on a batch that returns (output, layers), the layers only where the loss reads them.
+
+    Args:
+      run: its config has the weights, its objective says how a model is called.
+      apply: of the base or of the adapted model.
 
     Raises:
       ValueError: a weight of config.distill below 0.
     """
     for name in ("features", "logits"):
-        if not config.distill[name] >= 0:
+        if not run.config.distill[name] >= 0:
             raise ValueError(
-                f"distill.{name}={config.distill[name]!r}: give a weight of at least 0."
+                f"distill.{name}={run.config.distill[name]!r}: give a weight of at least 0."
             )
-    if not config.distill.features:
-        return lambda *args, **kwargs: (apply(*args, **kwargs), {})
+    call = run.objective.call(apply)
+    if not run.config.distill.features:
+        return lambda *args, **kwargs: (call(*args, **kwargs), {})
 
-    def run(*args: Any, **kwargs: Any) -> tuple[jax.Array, Outputs]:
-        logits, seen = apply(*args, mutable=["intermediates"], **kwargs)
-        return logits, _block_outputs(seen)
+    def seeing(*args: Any, **kwargs: Any) -> tuple[jax.Array, Outputs]:
+        output, seen = call(*args, mutable=["intermediates"], **kwargs)
+        return output, _block_outputs(seen)
 
-    return run
+    return seeing
 
 
 def loss(
@@ -46,7 +50,7 @@ def loss(
     Args:
       run: its config has the weights, its model is the teacher's.
       params: the base.
-      batch: tokens, mask, token_types.
+      batch: what the objective calls a model with.
       student: what a `watched` model returned for the same batch.
 
     Raises:
@@ -55,9 +59,7 @@ def loss(
     weights = run.config.distill
     if not weights.features and not weights.logits:
         return jnp.zeros((), jnp.float32)
-    teacher = watched(run.model.apply, run.config)(
-        {"params": params}, batch["tokens"], batch["mask"], token_types=batch["token_types"]
-    )
+    teacher = watched(run, run.model.apply)({"params": params}, batch)
     total = weights.logits * jnp.mean(_squared(student[0], teacher[0]))
     if weights.features:
         total += weights.features * distance(student[1], teacher[1], batch["mask"])

@@ -2,53 +2,35 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 import data
-import models
 import pefts
-from configs.base import Config
-from data import pipeline
+from configs.base import Config, plain
+from data.pipeline import Batches
+from data.written import LanguageTask
 from pefts import core, optimizers, targets
 from pefts.optimizers import decay
+from training import classification, language
+from training.objective import Experiment
 
 HEAD = r"(^|/)classifier/"
-
-
-class Experiment(NamedTuple):
-    """A config made concrete."""
-
-    config: Config
-    task: data.Task
-    rows: dict[str, pipeline.Rows]  # encoded splits
-    model: Any
-    params: Any  # the frozen base, with a fresh classification head
-    names: Any  # parameter path <-> Hugging Face name
-    peft: pefts.Peft
 
 
 def build(config: Config) -> Experiment:
     """Load data and model and make the method; nothing is trained or written."""
     options = plain(config.task)
     task = data.load(options.pop("name"), **options)
-    model, params, names = models.load(
-        num_labels=len(task.labels), seed=config.seed, **plain(config.model)
-    )
-    tokenizer = models.load_tokenizer(config.model.source)
-    rows = {
-        split: pipeline.tokenise(
-            examples, tokenizer, labels=task.labels, max_length=config.data.max_length
-        )
-        for split, examples in task.splits.items()
-    }
-    tokens = np.zeros((1, min(config.data.buckets)), np.int32)
+    objective = language.OBJECTIVE if isinstance(task, LanguageTask) else classification.OBJECTIVE
+    rows, model, params, names = objective.load(config, task)
+    tokens = np.zeros((1, 8), np.int32)
     axes = pefts.infer_axes(model.apply, params, tokens, np.ones_like(tokens))
-    return Experiment(config, task, rows, model, params, names, method(config, axes))
+    peft = method(config, axes)
+    return Experiment(config, task, rows, model, params, names, peft, objective)
 
 
 def method(config: Config, axes: Mapping[str, str]) -> pefts.Peft:
@@ -57,19 +39,6 @@ def method(config: Config, axes: Mapping[str, str]) -> pefts.Peft:
     if not config.head:
         return adapter
     return pefts.chain(pefts.full(targets=HEAD), adapter)
-
-
-def train_batches(experiment: Experiment) -> pipeline.Batches:
-    """The endless, seeded batches of the training split."""
-    options = experiment.config.data
-    return pipeline.train_batches(
-        experiment.rows["train"],
-        batch_size=options.batch_size,
-        buckets=options.buckets,
-        balance=options.balance,
-        token_dropout=options.token_dropout,
-        seed=experiment.config.seed,
-    )
 
 
 def statistics(experiment: Experiment, batches: Iterable[Any]) -> Any:
@@ -83,28 +52,17 @@ def statistics(experiment: Experiment, batches: Iterable[Any]) -> Any:
     if not needs:
         return None
 
-    def forward(variables: Any, batch: Any) -> jax.Array:
-        return experiment.model.apply(
-            variables, batch["tokens"], batch["mask"], token_types=batch["token_types"]
-        )
-
     return pefts.calibrate(
-        forward,
+        experiment.objective.call(experiment.model.apply),
         experiment.params,
         batches,
         experiment.peft,
-        loss=cross_entropy if "gradient" in needs else None,
+        loss=experiment.objective.loss if "gradient" in needs else None,
         weights="mask" if needs - {"gradient"} else None,
     )
 
 
-def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean over a batch of the weighted cross-entropy with the labels."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return jax.numpy.mean(losses * batch["weight"])
-
-
-def total_steps(config: Config, batches: pipeline.Batches) -> int:
+def total_steps(config: Config, batches: Batches) -> int:
     """`train.steps` if it is set, else `train.epochs` passes over the data."""
     return config.train.steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
 
@@ -157,12 +115,3 @@ def _by_pattern(patterns: Mapping[str, float], tree: Any) -> Any:
     for pattern in patterns:
         targets.match(pattern, jax.tree.leaves(names), argument="optimizer pattern")
     return jax.tree.map(lambda name: targets.first(patterns.items(), name, 1.0), names)
-
-
-def plain(section: Any) -> Any:
-    """A config section as the dicts and lists that JSON would give back."""
-    if isinstance(section, ConfigDict | dict):
-        return {name: plain(value) for name, value in section.items()}
-    if isinstance(section, tuple | list):
-        return [plain(value) for value in section]
-    return section

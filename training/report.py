@@ -13,13 +13,15 @@ import numpy as np
 from rich import progress
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from data.metrics import Scores
+from data import metrics
 from training.checkpoint import write_atomically
+from training.objective import Scores
 from training.plan import Plan
 
-COLUMNS = ("step", "loss", "grad_norm", "penalty", "dev_accuracy", "dev_macro_f1")
+COLUMNS = ("step", "loss", "grad_norm", "penalty")  # of every run
 console = Console(soft_wrap=True)
 
 
@@ -81,22 +83,22 @@ class Log:
     A class, because it holds two open files.
     """
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(self, folder: Path, start: int, columns: tuple[str, ...]):
+        self.columns = [*COLUMNS, *columns]
         self.file = folder / "metrics.csv"
         self.rows = [row for row in read_rows(self.file) if int(row["step"]) <= start]
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one row; values not in COLUMNS are refused by the CSV writer."""
+        """Add one row; values of no column are refused by the CSV writer."""
         self.rows.append({"step": step, **values})
         for name, value in values.items():
             self.events.add_scalar(name, value, step)
 
     def flush(self) -> None:
         text = io.StringIO()
-        names: list[str] = list(COLUMNS)
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.file, text.getvalue())
@@ -116,18 +118,30 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def show_scores(step: int, split: str, scores: Scores) -> None:
     """Print one line of scores."""
-    text = f"{split} accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f}"
-    console.print(f"step {step}: {text}", highlight=False)
+    text = ", ".join(f"{name} {value:.3f}" for name, value in scores.summary().items())
+    console.print(f"step {step}: {split} {text}", highlight=False)
+
+
+def columns(split: str, scores: Scores) -> dict[str, float]:
+    """The scores under their names in metrics.csv."""
+    named = scores.summary().items()
+    return {f"{split}_{name.lower().replace('-', '_')}": value for name, value in named}
 
 
 def show_results(results: Mapping[str, Scores], split: str) -> None:
     """Print a table of scores, one row per system."""
     table = Table(title=f"results on {split}", title_justify="left")
-    for column in ("", "accuracy", "macro-F1"):
+    names = next(iter(results.values())).summary()
+    for column in ("", *names):
         table.add_column(column, justify="left" if not column else "right")
     for name, scores in results.items():
-        table.add_row(name, f"{scores.accuracy:.3f}", f"{scores.macro_f1:.3f}")
+        table.add_row(name, *[f"{value:.3f}" for value in scores.summary().values()])
     console.print(table)
+
+
+def show_text(prompt: str, text: str) -> None:
+    """Print a prompt and, behind it in bold, how a model continues it."""
+    console.print(Text(prompt) + Text(text, style="bold"), highlight=False)
 
 
 def show_files(files: Mapping[str, Path]) -> None:
@@ -136,23 +150,17 @@ def show_files(files: Mapping[str, Path]) -> None:
         console.print(f"{name:<12}{path}", highlight=False)
 
 
-def save_results(
-    file: Path, results: Mapping[str, Scores], labels: tuple[str, ...], **facts: Any
-) -> None:
-    """Write the scores, confusion matrices included, as JSON."""
-    systems = {
-        name: {**scores._asdict(), "confusion": np.asarray(scores.confusion).tolist()}
-        for name, scores in results.items()
-    }
-    content = {**facts, "labels": list(labels), "systems": systems}
-    write_atomically(file, json.dumps(content, indent=2) + "\n")
+def save_results(file: Path, results: Mapping[str, Scores], **facts: Any) -> None:
+    """Write the scores of every system, all that they hold, as JSON."""
+    systems = {name: scores.record() for name, scores in results.items()}
+    write_atomically(file, json.dumps({**facts, "systems": systems}, indent=2) + "\n")
 
 
 def figure(
     file: Path,
     rows: list[dict[str, Any]],
-    floors: Mapping[str, Scores],
-    adapted: Scores,
+    floors: Mapping[str, metrics.Scores],
+    adapted: metrics.Scores,
     labels: tuple[str, ...],
 ) -> None:
     """Draw the loss, the scores on dev over their floors, and the confusion matrix on test.
@@ -175,6 +183,34 @@ def figure(
     _draw_loss(left, rows)
     _draw_scores(middle, rows, floors)
     _draw_confusion(right, adapted, labels)
+    _write(fig, file)
+
+
+def language_figure(file: Path, rows: list[dict[str, Any]], floor: float) -> None:
+    """Draw the training loss, and the loss on dev over that of the base.
+
+    Args:
+      file: a PNG.
+      rows: of metrics.csv.
+      floor: the base's loss on dev.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    _draw_loss(left, rows)
+    right.plot(*_curve(rows, "dev_loss"), marker="o", markersize=3, label="adapted")
+    right.axhline(floor, color="gray", linestyle="--", label="base")
+    right.set(title="loss on dev during training", xlabel="step", ylabel="cross-entropy")
+    right.legend(frameon=False)
+    _write(fig, file)
+
+
+def _write(fig: Any, file: Path) -> None:
+    from matplotlib import pyplot as plt
+
     temporary = file.with_name("figure.tmp.png")
     fig.savefig(temporary, dpi=120)
     plt.close(fig)
@@ -196,7 +232,9 @@ def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_scores(axes: Any, rows: list[dict[str, Any]], floors: Mapping[str, Scores]) -> None:
+def _draw_scores(
+    axes: Any, rows: list[dict[str, Any]], floors: Mapping[str, metrics.Scores]
+) -> None:
     for name, column in (("accuracy", "dev_accuracy"), ("macro-F1", "dev_macro_f1")):
         axes.plot(*_curve(rows, column), marker="o", markersize=3, label=name)
     for (name, scores), style in zip(floors.items(), (":", "--"), strict=True):
@@ -205,7 +243,7 @@ def _draw_scores(axes: Any, rows: list[dict[str, Any]], floors: Mapping[str, Sco
     axes.legend(frameon=False)
 
 
-def _draw_confusion(axes: Any, scores: Scores, labels: tuple[str, ...]) -> None:
+def _draw_confusion(axes: Any, scores: metrics.Scores, labels: tuple[str, ...]) -> None:
     counts = np.asarray(scores.confusion, float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
