@@ -24,7 +24,7 @@ import numpy as np
 import pefts
 import train
 from configs.base import Config
-from training import evaluate
+from training import classification, evaluate
 from training.checkpoint import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +32,7 @@ OUT = ROOT / "runs" / "methods"
 SHARED = ROOT.parent / "shared" / "data"
 PREFIX = "minilm_stdlib_docs_"
 REFERENCE = PREFIX + "lora"
+LABEL = 0.0022  # height of a label of the picture, in accuracy
 
 
 def names() -> list[str]:
@@ -67,8 +68,8 @@ def run(name: str, steps: int, reference: train.Session) -> dict[str, Any]:
     return {
         "method": name.removeprefix(PREFIX),
         "trainable": pefts.count(adapter) - head,
-        "dev": scores["dev"].accuracy,
-        "test": scores["test"].accuracy,
+        "dev": scores["dev"].summary()["accuracy"],
+        "test": scores["test"].summary()["accuracy"],
         "seconds": seconds,
         "task": session.run.task.name,
         "steps": steps,
@@ -114,7 +115,7 @@ def _usual(batch: dict[str, np.ndarray]) -> bool:
 def probe(steps: int) -> dict[str, float]:
     """The linear probe on the frozen base, for the same splits."""
     session = train.prepare(config_of(REFERENCE, steps))
-    scores = evaluate.linear_probe(session.run, ["dev", "test"])
+    scores = classification.linear_probe(session.run, ["dev", "test"])
     return {split: s.accuracy for split, s in scores.items()}
 
 
@@ -140,17 +141,14 @@ def picture(rows: list[dict[str, Any]], floor: dict[str, float], file: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    points = {row["method"]: (row["trainable"], row["test"]) for row in rows}
-    for method, point in points.items():
-        axes.scatter(*point, color="tab:blue", zorder=3)
-        # The label lies on the side that faces away from the nearest other point.
-        others = [p for name, p in points.items() if name != method] or [point]
-        nearest = min(
-            others, key=lambda p: abs(np.log(p[0] / point[0])) + 200 * abs(p[1] - point[1])
-        )
-        offset, side = ((6, 3), "left") if nearest[0] < point[0] else ((-6, 3), "right")
-        axes.annotate(method, point, offset, textcoords="offset points", ha=side)
+    fig, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    points = sorted((row["trainable"], row["test"], row["method"]) for row in rows)
+    for crowd in _crowds(points):
+        for point, (x, y) in _places(crowd):
+            axes.scatter(*point[:2], color="tab:blue", zorder=3)
+            line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.6}
+            side = "right" if x < point[0] else "left"
+            axes.annotate(point[2], point[:2], (x, y), ha=side, va="center", arrowprops=line)
     axes.axhline(floor["test"], color="gray", linestyle="--", label="linear probe")
     axes.set(
         xscale="log",
@@ -162,6 +160,35 @@ def picture(rows: list[dict[str, Any]], floor: dict[str, float], file: Path) -> 
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
     fig.savefig(file, dpi=120)
+
+
+Point = tuple[float, float, str]
+
+
+def _crowds(points: list[Point]) -> list[list[Point]]:
+    """Points, by size, cut where one is more than 1.6 times the one before."""
+    crowds: list[list[Point]] = []
+    for point in points:
+        if not crowds or point[0] > 1.6 * crowds[-1][-1][0]:
+            crowds.append([])
+        crowds[-1].append(point)
+    return crowds
+
+
+def _places(crowd: list[Point]) -> list[tuple[Point, tuple[float, float]]]:
+    """Where labels go: left of a small crowd, on both sides of a large one, none over another."""
+    placed = []
+    ranked = sorted(crowd, key=lambda point: point[1])
+    sides = 1 if len(crowd) < 8 else 2
+    for half, left in ((ranked[side::sides], side == 0) for side in range(sides)):
+        heights = np.asarray([point[1] for point in half])
+        for n in range(1, len(half)):
+            heights[n] = max(heights[n], heights[n - 1] + LABEL)
+        heights -= np.mean(heights - [point[1] for point in half]) if len(half) else 0
+        factor = 1 / 1.35 if left else 1.35
+        x = (min if left else max)((point[0] for point in crowd), default=1.0) * factor
+        placed += [(point, (x, y)) for point, y in zip(half, heights, strict=True)]
+    return placed
 
 
 def main() -> None:

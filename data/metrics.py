@@ -26,6 +26,14 @@ class Scores(NamedTuple):
     matthews: float
     confusion: NDArray[np.int64]
 
+    def summary(self) -> dict[str, float]:
+        """Return the figures that tables and curves show, by name."""
+        return {"accuracy": self.accuracy, "macro-F1": self.macro_f1}
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it, for a JSON file."""
+        return {**self._asdict(), "confusion": np.asarray(self.confusion).tolist()}
+
 
 def score(labels: Sequence[int] | NDArray[Any], predicted: Any, *, classes: int) -> Scores:
     """Return the scores of predicted class indices.
