@@ -3,7 +3,7 @@
 The adapter is loaded onto the original base and scored twice: through the factored products, and
 merged into the kernels where the method allows it. --analyse adds what it did to the kernels: their
 spectra, and which of their singular vectors the base does not have. --write="Once upon a time"
-continues a text instead; several prompts are one batch.
+continues a text instead; several of them are one batch.
 """
 
 import sys
@@ -19,8 +19,8 @@ from training.objective import Experiment, Scores, Writing
 RUN = flags.DEFINE_string("run", None, "a run folder that train.py made", required=True)
 SPLIT = flags.DEFINE_string("split", "test", "the split to score")
 ANALYSE = flags.DEFINE_bool("analyse", False, "also compare the kernels before and after")
-PROMPTS = flags.DEFINE_multi_string("write", [], "a text to continue; may be given several times")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "the most that a prompt is continued by")
+TEXTS = flags.DEFINE_multi_string("write", [], "a text to continue; may be given several times")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "the most that a text is continued by")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of sampling; 0 takes the likeliest token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "sample from so many likeliest tokens; 0: from all")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "sample from the tokens that together reach this")
@@ -48,8 +48,8 @@ def evaluate_run(run: Experiment, state: pefts.PeftState, split: str) -> dict[st
     return {name: run.objective.scores(run, values, split) for name, values in found.items()}
 
 
-def continue_prompts(run: Experiment, state: pefts.PeftState) -> None:
-    """Print a continuation of every prompt.
+def continue_texts(run: Experiment, state: pefts.PeftState) -> None:
+    """Print a continuation of every text given.
 
     Raises:
       ValueError: the run's model writes nothing.
@@ -58,9 +58,9 @@ def continue_prompts(run: Experiment, state: pefts.PeftState) -> None:
     if write is None:
         raise ValueError(f"--write: a model of the task {run.task.name!r} writes no text.")
     how = Writing(NEW_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
-    texts = write(run, (run.params, state), PROMPTS.value, how)
-    for prompt, text in zip(PROMPTS.value, texts, strict=True):
-        report.show_text(prompt, text)
+    texts = write(run, (run.params, state), TEXTS.value, how)
+    for given, text in zip(TEXTS.value, texts, strict=True):
+        report.show_text(given, text)
 
 
 def score_run(run: Experiment, state: pefts.PeftState, adapter: Path, folder: Path) -> None:
@@ -81,8 +81,8 @@ def main(argv: list[str]) -> None:
     adapter = Path(ADAPTER.value) if ADAPTER.value else folder / "adapter.safetensors"
     try:
         run, state = load_run(folder, adapter)
-        if PROMPTS.value:
-            continue_prompts(run, state)
+        if TEXTS.value:
+            continue_texts(run, state)
             return
         score_run(run, state, adapter, folder)
         if ANALYSE.value:
