@@ -3,7 +3,8 @@
 The adapter is loaded onto the original base and scored twice: through the factored products, and
 merged into the kernels where the method allows it. --analyse adds what it did to the kernels: their
 spectra, and which of their singular vectors the base does not have. --write="Once upon a time"
-continues a text instead; several of them are one batch.
+continues a text instead; several of them are one batch. --export=FOLDER writes the adapter as
+Hugging Face PEFT opens it.
 """
 
 import sys
@@ -25,6 +26,9 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of sampling; 0 takes the l
 TOP_K = flags.DEFINE_integer("top_k", 0, "sample from so many likeliest tokens; 0: from all")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "sample from the tokens that together reach this")
 SEED = flags.DEFINE_integer("seed", 0, "of sampling")
+EXPORT = flags.DEFINE_string(
+    "export", None, "write a folder that Hugging Face PEFT opens, and stop"
+)
 ADAPTER = flags.DEFINE_string("adapter", None, "an adapter file; RUN/adapter.safetensors if absent")
 
 
@@ -81,6 +85,13 @@ def main(argv: list[str]) -> None:
     adapter = Path(ADAPTER.value) if ADAPTER.value else folder / "adapter.safetensors"
     try:
         run, state = load_run(folder, adapter)
+        if EXPORT.value:
+            source = run.config.model.source
+            pefts.export_hf(
+                EXPORT.value, run.peft, state, run.params, run.names, base_model_name_or_path=source
+            )
+            report.show_files({"exported": Path(EXPORT.value)})
+            return
         if TEXTS.value:
             continue_texts(run, state)
             return

@@ -227,3 +227,23 @@ def load_tokenizer(source: str | Path) -> tokenizer.Tokenizer:
     """
     path = folder(source)
     return tokenizer.load(path, read_config(path).get("vocab_size"))
+
+
+def stop_tokens(source: str | Path) -> tuple[int, ...]:
+    """The ids at which a checkpoint's generation ends: generation_config.json's, or config.json's.
+
+    Chat models end a turn by another token than a text: both are listed there.
+
+    Raises:
+      ValueError: as `folder` and `read_config` do, or what is listed are no ids.
+    """
+    file = folder(source) / "generation_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        listed = settings.get("eos_token_id", read_config(source).get("eos_token_id"))
+    except (AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not a JSON object") from error
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise ValueError(f"eos_token_id={listed!r} of {file.parent} are no token ids")
+    return tuple(ids)

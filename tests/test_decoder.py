@@ -304,6 +304,26 @@ def test_bad_calls_are_refused(decoders: Decoders) -> None:
         models.load(decoders["gpt2"].folder, num_labels=2)
 
 
+def test_stop_tokens_are_those_of_the_generation_config(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert models.stop_tokens(tmp_path) == (2,)
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [2, 9]}')
+    assert models.stop_tokens(tmp_path) == (2, 9)
+    file.write_text('{"max_length": 20}')
+    assert models.stop_tokens(tmp_path) == (2,)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert models.stop_tokens(tmp_path) == ()
+    for bad, message in (
+        ("[1]", "is not a JSON object"),
+        ('{"eos_token_id": "x"}', "no token ids"),
+    ):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match=message):
+            models.stop_tokens(tmp_path)
+
+
 def test_a_missing_head_is_an_error(decoders: Decoders, tmp_path: Path) -> None:
     import safetensors.numpy
 

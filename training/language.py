@@ -170,7 +170,8 @@ def write(run: Experiment, argument: Any, prompts: Sequence[str], how: Writing) 
     length = max(map(len, rows))
     tokens = np.stack([np.pad(ids, (length - len(ids), 0)) for ids in rows])
     mask = np.stack([np.arange(length) >= length - len(ids) for ids in rows])
-    apply, stop = pefts.apply(run.model.apply), tokenizer.end_id
+    apply = pefts.apply(run.model.apply)
+    ends = {tokenizer.end_id, *models.stop_tokens(run.config.model.source)} - {None}
 
     def generate(argument: Any, key: jax.Array) -> generation.Generated:
         return generation.generate(
@@ -181,7 +182,7 @@ def write(run: Experiment, argument: Any, prompts: Sequence[str], how: Writing) 
             mask,
             key,
             new_tokens=how.new_tokens,
-            stop=() if stop is None else (stop,),
+            stop=tuple(sorted(ends)),
             sampling=generation.Sampling(how.temperature, how.top_k, how.top_p),
         )
 
