@@ -475,3 +475,7 @@ REQUIRES: dict[Property, tuple[str, Callable[[Subject], bool]]] = {
     uses_dropout_stream: ("traits.stochastic", lambda s: s.peft.traits.stochastic),
     scanned_equals_unrolled: ("not row.layers_share", lambda s: not s.case.layers_share),
 }
+# What compiles much and tells little of a method's second row: it runs on the first one.
+ONCE_A_METHOD: frozenset[Property] = frozenset(
+    {keeps_bfloat16, scanned_equals_unrolled, maps_over_states, shards}
+)

@@ -236,3 +236,11 @@ def row_id(case: Case) -> str:
         return case.method
     described = repr(sorted(case.kwargs.items()))
     return f"{case.method}-{zlib.crc32(described.encode()):08x}"
+
+
+def is_variant(case: Case) -> bool:
+    """Whether an earlier row has the same method, called in the same way."""
+    return any(
+        row.method == case.method and (row.context is None) == (case.context is None)
+        for row in CASES[: CASES.index(case)]
+    )
