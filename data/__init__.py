@@ -23,7 +23,7 @@ __all__ = [
     "make_task",
 ]
 
-TASKS: dict[str, Callable[..., Task | LanguageTask]] = {
+_LOADERS: dict[str, Callable[..., Task | LanguageTask]] = {
     "cola": partial(public_sets.load, "cola"),
     "files": files.load,
     "instruct": instruct.load,
@@ -43,6 +43,7 @@ TASKS: dict[str, Callable[..., Task | LanguageTask]] = {
     "wikitext2": partial(corpora.load, "wikitext2"),
     **{name: partial(generation_sets.load, name) for name in generation_sets.KNOWN},
 }
+TASKS = dict(sorted(_LOADERS.items()))
 
 
 def load(name: str, *, examples: int | None = None, **options: Any) -> Task | LanguageTask:
