@@ -184,9 +184,9 @@ def _places(crowd: list[Point]) -> list[tuple[Point, tuple[float, float]]]:
         heights = np.asarray([point[1] for point in half])
         for n in range(1, len(half)):
             heights[n] = max(heights[n], heights[n - 1] + LABEL)
-        heights -= np.mean(heights - [point[1] for point in half]) if len(half) else 0
+        heights -= np.mean(heights - [point[1] for point in half])
         factor = 1 / 1.35 if left else 1.35
-        x = (min if left else max)((point[0] for point in crowd), default=1.0) * factor
+        x = (min if left else max)(point[0] for point in crowd) * factor
         placed += [(point, (x, y)) for point, y in zip(half, heights, strict=True)]
     return placed
 

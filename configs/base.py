@@ -32,23 +32,8 @@ def encoder_classification(name: str, mode: str = "") -> Config:
             "balance": "sqrt",  # class weights: "none", "sqrt" or "uniform"
         }
     )
-    config.method = ConfigDict()
-    # Training batches that methods which start from data (CorDA, EVA, ...) look at first.
-    config.calibrate = ConfigDict({"batches": 8})
     config.head = True  # train the classification head beside the method
-    # Weights of what is added to the loss: mean squared distances from the unadapted base in
-    # evaluation mode, of every layer's output, and of the logits (for a base with a trained head).
-    config.distill = ConfigDict({"features": 0.0, "logits": 0.0})
-    config.optimizer = _optimizer(no_decay=("bias",))
-    config.train = ConfigDict(
-        {
-            "epochs": 2.0,
-            "steps": 0,  # if not 0, instead of epochs
-            "eval_every": 80,
-            "save_every": 50,
-            "base_dropout": False,  # the pretrained model's own dropout
-        }
-    )
+    _shared(config, epochs=2.0, no_decay=("bias",))
     if mode == "tiny":
         config.data.buckets = (16,)
         _shrink(config)
@@ -75,20 +60,8 @@ def decoder_language(name: str, mode: str = "") -> Config:
             "eval_batch_size": 8,
         }
     )
-    config.method = ConfigDict()
-    config.calibrate = ConfigDict({"batches": 8})
     config.head = False
-    config.distill = ConfigDict({"features": 0.0, "logits": 0.0})
-    config.optimizer = _optimizer(no_decay=())
-    config.train = ConfigDict(
-        {
-            "epochs": 1.0,
-            "steps": 0,  # if not 0, instead of epochs
-            "eval_every": 80,
-            "save_every": 50,
-            "base_dropout": False,  # the pretrained model's own dropout
-        }
-    )
+    _shared(config, epochs=1.0, no_decay=())
     if mode == "tiny":
         _shrink(config)
     return config
@@ -103,8 +76,15 @@ def _named(name: str, mode: str) -> Config:
     return config
 
 
-def _optimizer(no_decay: tuple[str, ...]) -> Config:
-    return ConfigDict(
+def _shared(config: Config, epochs: float, no_decay: tuple[str, ...]) -> None:
+    """The sections that are the same for every kind of task."""
+    config.method = ConfigDict()
+    # Training batches that methods which start from data (CorDA, EVA, ...) look at first.
+    config.calibrate = ConfigDict({"batches": 8})
+    # Weights of what is added to the loss: mean squared distances from the unadapted base in
+    # evaluation mode, of every layer's output, and of the logits (for a base with a trained head).
+    config.distill = ConfigDict({"features": 0.0, "logits": 0.0})
+    config.optimizer = ConfigDict(
         {
             "name": "adamw",  # or one of pefts.OPTIMIZERS, with its options
             "learning_rate": 1e-3,  # peak
@@ -114,6 +94,15 @@ def _optimizer(no_decay: tuple[str, ...]) -> Config:
             "no_decay": no_decay,  # patterns of trainable leaves
             "factors": ConfigDict(),  # pattern -> learning-rate factor; {"/B$": 16.0} is LoRA+
             "options": ConfigDict(),  # for optimizers other than adamw
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "epochs": epochs,
+            "steps": 0,  # if not 0, instead of epochs
+            "eval_every": 80,
+            "save_every": 50,
+            "base_dropout": False,  # the pretrained model's own dropout
         }
     )
 

@@ -40,11 +40,35 @@ REQUIRED = (
     "vocab_size",
 )
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "intermediate_size",
+    "max_positions",
+    "type_vocab_size",
+)
+DROPOUTS = ("dropout", "attention_dropout", "classifier_dropout")
+
 
 def choose(name: str, value: Any, known: Any) -> None:
     """Raises ValueError, listing the known values, unless `value` is one of them."""
     if value not in known:
         raise ValueError(f"{name}={value!r} is not supported; choose one of {sorted(known)}")
+
+
+def check(config: Any, sizes: tuple[str, ...], dropouts: tuple[str, ...]) -> None:
+    """Raises ValueError unless numerics are known, sizes positive and dropouts in [0, 1)."""
+    choose("dtype", config.dtype, DTYPES)
+    choose("param_dtype", config.param_dtype, DTYPES)
+    choose("remat", config.remat, REMAT)
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    for name in dropouts:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"{name}={getattr(config, name)} must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -83,27 +107,11 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         choose("model_type", self.model_type, PAD_ID)
         choose("hidden_act", self.activation, ACTIVATIONS)
-        choose("dtype", self.dtype, DTYPES)
-        choose("param_dtype", self.param_dtype, DTYPES)
-        choose("remat", self.remat, REMAT)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "intermediate_size",
-            "max_positions",
-            "type_vocab_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check(self, SIZES, DROPOUTS)
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}"
             )
-        for name in ("dropout", "attention_dropout", "classifier_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
     @property
     def max_length(self) -> int:

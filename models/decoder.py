@@ -24,7 +24,7 @@ from models import rope
 from models.attention import Attend, causal
 from models.config import ACTIVATIONS, REMAT
 from models.decoder_config import DecoderConfig
-from models.layers import BLOCK_OUTPUT
+from models.layers import BLOCK_OUTPUT, dense, table
 
 
 class Cache(NamedTuple):
@@ -93,29 +93,6 @@ def norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
     return (LayerNorm if config.norm == "layer" else RMSNorm)(config, name=name)
 
 
-def dense(config: DecoderConfig, features: int, bias: bool, name: str | None = None) -> nn.Dense:
-    """nn.Dense with the initialiser and dtypes of the configuration."""
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=nn.initializers.normal(config.initializer_range),
-        name=name,
-    )
-
-
-def table(config: DecoderConfig, rows: int) -> nn.Embed:
-    """nn.Embed with the initialiser and dtypes of the configuration."""
-    return nn.Embed(
-        rows,
-        config.hidden_size,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        embedding_init=nn.initializers.normal(config.initializer_range),
-    )
-
-
 class SelfAttention(nn.Module):
     """o_proj(attend(q_proj x, k_proj x, v_proj x)); keys and values go through the cache."""
 
@@ -149,7 +126,7 @@ class SelfAttention(nn.Module):
         )
         y_BxTxNxH = attend(q, k, v, None if around.mask is None else around.mask[kind])
         y = y_BxTxNxH.reshape(*y_BxTxNxH.shape[:2], -1)
-        return dense(config, config.hidden_size, config.output_bias, "o_proj")(y), stored
+        return dense(config, config.hidden_size, "o_proj", bias=config.output_bias)(y), stored
 
     def _project(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         config, bias = self.config, self.config.qkv_bias
@@ -159,12 +136,12 @@ class SelfAttention(nn.Module):
 
         n, k = config.num_heads, config.num_kv_heads
         if config.fused_qkv:
-            y = dense(config, 3 * n * config.head_dim, bias, "qkv_proj")(x_BxTxD)
+            y = dense(config, 3 * n * config.head_dim, "qkv_proj", bias=bias)(x_BxTxD)
             q, key, value = (heads(part, n) for part in jnp.split(y, 3, axis=-1))
             return q, key, value
-        q = heads(dense(config, n * config.head_dim, bias, "q_proj")(x_BxTxD), n)
-        key = heads(dense(config, k * config.head_dim, bias, "k_proj")(x_BxTxD), k)
-        value = heads(dense(config, k * config.head_dim, bias, "v_proj")(x_BxTxD), k)
+        q = heads(dense(config, n * config.head_dim, "q_proj", bias=bias)(x_BxTxD), n)
+        key = heads(dense(config, k * config.head_dim, "k_proj", bias=bias)(x_BxTxD), k)
+        value = heads(dense(config, k * config.head_dim, "v_proj", bias=bias)(x_BxTxD), k)
         if config.qk_norm:
             q, key = RMSNorm(config, name="q_norm")(q), RMSNorm(config, name="k_norm")(key)
         return q, key, value
@@ -179,13 +156,13 @@ class Mlp(nn.Module):
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         config, bias = self.config, self.config.mlp_bias
         activation = ACTIVATIONS[config.activation]
-        y_BxTxF = dense(config, config.intermediate_size, bias, "up_proj")(x_BxTxD)
+        y_BxTxF = dense(config, config.intermediate_size, "up_proj", bias=bias)(x_BxTxD)
         if config.gated:
-            gate_BxTxF = dense(config, config.intermediate_size, bias, "gate_proj")(x_BxTxD)
+            gate_BxTxF = dense(config, config.intermediate_size, "gate_proj", bias=bias)(x_BxTxD)
             y_BxTxF = activation(gate_BxTxF) * y_BxTxF
         else:
             y_BxTxF = activation(y_BxTxF)
-        return dense(config, config.hidden_size, bias, "down_proj")(y_BxTxF)
+        return dense(config, config.hidden_size, "down_proj", bias=bias)(y_BxTxF)
 
 
 class Layer(nn.Module):

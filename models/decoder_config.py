@@ -4,19 +4,28 @@ Each family is data: where config.json keeps a field, what transformers takes wh
 and what is always so in the family.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from models.attention import Implementation
-from models.config import ACTIVATIONS, DTYPES, REMAT, choose
+from models.config import ACTIVATIONS, check, choose
 from models.rope import Rope
 
 NORMS = ("rms", "rms_offset", "layer")
 SLIDING, FULL = "sliding_attention", "full_attention"
-SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_positions",
+)
+DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 
 
 @dataclass(frozen=True)
@@ -80,13 +89,8 @@ class DecoderConfig:
         choose("model_type", self.model_type, FAMILIES)
         choose("activation", self.activation, ACTIVATIONS)
         choose("norm", self.norm, NORMS)
-        choose("dtype", self.dtype, DTYPES)
-        choose("param_dtype", self.param_dtype, DTYPES)
-        choose("remat", self.remat, REMAT)
         choose("attention", self.attention, get_args(Implementation))
-        for name in (*SIZES, "intermediate_size", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check(self, SIZES, DROPOUTS)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} must be a multiple of "
@@ -100,9 +104,6 @@ class DecoderConfig:
             raise ValueError(f"layer_types has {len(self.sliding)} entries for {self.num_layers}")
         if any(self.sliding) and (self.window is None or self.window < 1):
             raise ValueError(f"sliding_window={self.window} must be at least 1 for sliding layers")
-        for name in ("dropout", "embed_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
     @property
     def max_length(self) -> int | None:
@@ -153,10 +154,6 @@ class DecoderConfig:
             **written,
             **family.write(self),
         }
-
-    def replace(self, **changes: Any) -> "DecoderConfig":
-        """The same configuration with some fields changed."""
-        return dataclasses.replace(self, **changes)
 
 
 class ConfigFamily(NamedTuple):

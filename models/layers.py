@@ -1,4 +1,4 @@
-"""Layers of a post-norm transformer encoder, in Flax Linen.
+"""Layers of a post-norm transformer encoder, in Flax Linen; `dense` and `table` serve decoders too.
 
 Every projection is an nn.Dense with a (d_in, d_out) kernel and attention itself is a module without
 parameters, so adapters can intercept both. Shape legend: B batch, T tokens, D hidden size, N heads,
@@ -11,19 +11,37 @@ import jax.numpy as jnp
 
 from models.attention import Attend
 from models.config import ACTIVATIONS, REMAT, EncoderConfig
+from models.decoder_config import DecoderConfig
 
 BLOCK_OUTPUT = "block_output"  # among a model's intermediates: (B, T, D), or (L, B, T, D) scanned
 
 
 def dense(
-    config: EncoderConfig, features: int, name: str | None = None, dtype: str | None = None
+    config: EncoderConfig | DecoderConfig,
+    features: int,
+    name: str | None = None,
+    dtype: str | None = None,
+    bias: bool = True,
 ) -> nn.Dense:
     """nn.Dense with the initialiser of the configuration, and its dtypes unless one is given."""
     return nn.Dense(
         features,
+        use_bias=bias,
         dtype=dtype or config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=nn.initializers.normal(config.initializer_range),
+        name=name,
+    )
+
+
+def table(config: EncoderConfig | DecoderConfig, rows: int, name: str | None = None) -> nn.Embed:
+    """nn.Embed with the initialiser and dtypes of the configuration."""
+    return nn.Embed(
+        rows,
+        config.hidden_size,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        embedding_init=nn.initializers.normal(config.initializer_range),
         name=name,
     )
 
@@ -53,21 +71,10 @@ class Embeddings(nn.Module):
         self, tokens_BxT: jax.Array, types_BxT: jax.Array, deterministic: bool
     ) -> jax.Array:
         config = self.config
-
-        def table(rows: int, name: str) -> nn.Embed:
-            return nn.Embed(
-                rows,
-                config.hidden_size,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                embedding_init=nn.initializers.normal(config.initializer_range),
-                name=name,
-            )
-
-        x_BxTxD = table(config.vocab_size, "word_embeddings")(tokens_BxT)
-        x_BxTxD += table(config.type_vocab_size, "token_type_embeddings")(types_BxT)
+        x_BxTxD = table(config, config.vocab_size, "word_embeddings")(tokens_BxT)
+        x_BxTxD += table(config, config.type_vocab_size, "token_type_embeddings")(types_BxT)
         positions = _positions(config, tokens_BxT)
-        x_BxTxD += table(config.max_positions, "position_embeddings")(positions)
+        x_BxTxD += table(config, config.max_positions, "position_embeddings")(positions)
         x_BxTxD = norm(config, x_BxTxD)
         return nn.Dropout(config.dropout)(x_BxTxD, deterministic=deterministic)
 

@@ -1,5 +1,6 @@
 """Decoders: equal to transformers in every family, with padding, packing and cache; their loss."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_rope_scalings_equal_transformers(tmp_path: Path, scaling: str, length: 
     tokens = batch(length)[0]
     theirs = torch_logits(torch, tokens)
     close(jax.jit(model.apply)({"params": params}, tokens), theirs)
-    plain = model.clone(config=model.config.replace(rope=Rope(32, 100.0)))
+    plain = model.clone(config=dataclasses.replace(model.config, rope=Rope(32, 100.0)))
     if length == 40 or scaling not in ("dynamic",):
         assert np.abs(plain.apply({"params": params}, tokens) - theirs).max() > 1e-3
 
@@ -226,7 +227,7 @@ def test_the_loss_in_chunks_is_the_loss(decoders: Decoders, family: str, chunk: 
 
 def test_the_loss_in_chunks_never_holds_all_logits(decoders: Decoders) -> None:
     model, params, _ = models.load(decoders["llama"].folder)
-    config = model.config.replace(vocab_size=20_000)
+    config = dataclasses.replace(model.config, vocab_size=20_000)
     tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
     wide = model.clone(config=config)
     params = jax.eval_shape(wide.init, jax.random.key(0), tokens)

@@ -15,7 +15,7 @@ from configs.base import Config, plain
 from data import language
 from data.pipeline import Batches
 from models import generate as generation
-from training import report
+from training import evaluate, report
 from training.objective import Apply, Call, Experiment, Forward, Objective, Writing, rows_of
 
 
@@ -127,20 +127,18 @@ def scores(experiment: Experiment, losses: np.ndarray, split: str) -> Perplexity
 def finish(run: Experiment, folder: Path, state: Any, adapted: Forward) -> dict[str, Path]:
     """Score the adapted model on test beside the base; write results.json and figure.png."""
     split = "test" if "test" in run.rows else "dev"
-    apply = call(run.model.apply)
-    base = jax.jit(lambda params, batch: apply({"params": params}, batch))
-    argument = (run.params, state.peft_state)
+    base = evaluate.forward(run)
     results = {
-        "base": scores(run, predict(run, base, run.params, split), split),
-        "adapted": scores(run, predict(run, adapted, argument, split), split),
+        "base": evaluate.score(run, base, run.params, split),
+        "adapted": evaluate.score(run, adapted, (run.params, state.peft_state), split),
     }
-    floor = scores(run, predict(run, base, run.params, "dev"), "dev")
+    floor = evaluate.score(run, base, run.params, "dev").summary()["loss"]
     files = {"results": folder / "results.json", "figure": folder / "figure.png"}
     facts = {"split": split, "steps": int(state.step), "method": run.config.method.method}
     trainable = pefts.count(state.peft_state.trainable)
     report.save_results(files["results"], results, trainable=trainable, **facts)
     rows = report.read_rows(folder / "metrics.csv")
-    report.language_figure(files["figure"], rows, floor.loss)
+    report.language_figure(files["figure"], rows, floor)
     report.show_results(results, split)
     return files
 
