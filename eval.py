@@ -3,8 +3,9 @@
 The adapter is loaded onto the original base and scored twice: through the factored products, and
 merged into the kernels where the method allows it. --analyse adds what it did to the kernels: their
 spectra, and which of their singular vectors the base does not have. --write="Once upon a time"
-continues a text instead; several of them are one batch. --export=FOLDER writes the adapter as
-Hugging Face PEFT opens it.
+continues a text instead; several of them are one batch. --grade lets the model answer the questions
+of the split, where the task has answers, and grades them. --export=FOLDER writes the adapter as
+Hugging Face PEFT opens it, --merge=FOLDER the whole merged model as transformers opens it.
 """
 
 import sys
@@ -13,14 +14,19 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+import models
 import pefts
-from training import analysis, checkpoint, evaluate, experiment, report
-from training.objective import Experiment, Scores, Writing
+from training import analysis, checkpoint, evaluate, experiment, report, writing
+from training.objective import Experiment, Opening, Scores, Writing
 
 RUN = flags.DEFINE_string("run", None, "a run folder that train.py made", required=True)
 SPLIT = flags.DEFINE_string("split", "test", "the split to score")
 ANALYSE = flags.DEFINE_bool("analyse", False, "also compare the kernels before and after")
 TEXTS = flags.DEFINE_multi_string("write", [], "a text to continue; may be given several times")
+GRADE = flags.DEFINE_bool(
+    "grade", False, "also let it answer the split's questions, and grade that"
+)
+LIMIT = flags.DEFINE_integer("limit", 0, "grade so many answers, the first ones; 0: all")
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "the most that a text is continued by")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of sampling; 0 takes the likeliest token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "sample from so many likeliest tokens; 0: from all")
@@ -29,6 +35,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of sampling")
 EXPORT = flags.DEFINE_string(
     "export", None, "write a folder that Hugging Face PEFT opens, and stop"
 )
+MERGE = flags.DEFINE_string("merge", None, "write a folder that transformers opens, and stop")
 ADAPTER = flags.DEFINE_string("adapter", None, "an adapter file; RUN/adapter.safetensors if absent")
 
 
@@ -52,6 +59,11 @@ def evaluate_run(run: Experiment, state: pefts.PeftState, split: str) -> dict[st
     return {name: run.objective.scores(run, values, split) for name, values in found.items()}
 
 
+def how_to_write() -> Writing:
+    """The options of sampling."""
+    return Writing(NEW_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
+
+
 def continue_texts(run: Experiment, state: pefts.PeftState) -> None:
     """Print a continuation of every text given.
 
@@ -61,20 +73,44 @@ def continue_texts(run: Experiment, state: pefts.PeftState) -> None:
     write = run.objective.write
     if write is None:
         raise ValueError(f"--write: a model of the task {run.task.name!r} writes no text.")
-    how = Writing(NEW_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
-    texts = write(run, (run.params, state), TEXTS.value, how)
-    for given, text in zip(TEXTS.value, texts, strict=True):
-        report.show_text(given, text)
+    given = [Opening(text) for text in TEXTS.value]
+    for text, new in zip(
+        given, write(run, (run.params, state), given, how_to_write()), strict=True
+    ):
+        report.show_text(text.text, new)
 
 
 def score_run(run: Experiment, state: pefts.PeftState, adapter: Path, folder: Path) -> None:
     """Print and write the scores on a split."""
     split = SPLIT.value
+    files = {"results": folder / f"eval_{split}.json"}
     results = evaluate_run(run, state, split)
     report.show_results(results, split)
-    file = folder / f"eval_{split}.json"
-    report.save_results(file, results, split=split, adapter=str(adapter))
-    report.show_files({"results": file})
+    if GRADE.value:
+        graded = writing.grade(run, (run.params, state), split, how_to_write(), LIMIT.value)
+        report.show_scores(f"{len(graded.answers)} answers", split, graded)
+        files["answers"] = folder / f"answers_{split}.jsonl"
+        graded.save(files["answers"])
+        results["answers"] = graded
+    report.save_results(files["results"], results, split=split, adapter=str(adapter))
+    report.show_files(files)
+
+
+def write_model(run: Experiment, state: pefts.PeftState) -> bool:
+    """Write the folders asked for; whether any was."""
+    source = run.config.model.source
+    written = {}
+    if EXPORT.value:
+        written["exported"] = Path(EXPORT.value)
+        pefts.export_hf(
+            EXPORT.value, run.peft, state, run.params, run.names, base_model_name_or_path=source
+        )
+    if MERGE.value:
+        written["merged"] = Path(MERGE.value)
+        merged = run.peft.merge(run.params, state)
+        models.save(MERGE.value, source, run.model, merged, run.names)
+    report.show_files(written)
+    return bool(written)
 
 
 def main(argv: list[str]) -> None:
@@ -85,12 +121,7 @@ def main(argv: list[str]) -> None:
     adapter = Path(ADAPTER.value) if ADAPTER.value else folder / "adapter.safetensors"
     try:
         run, state = load_run(folder, adapter)
-        if EXPORT.value:
-            source = run.config.model.source
-            pefts.export_hf(
-                EXPORT.value, run.peft, state, run.params, run.names, base_model_name_or_path=source
-            )
-            report.show_files({"exported": Path(EXPORT.value)})
+        if write_model(run, state):
             return
         if TEXTS.value:
             continue_texts(run, state)

@@ -187,7 +187,7 @@ def loop(session: Session, folder: Path, adapted: Forward) -> TrainState:
             meter.show(step, values["loss"], clock.rate(int(batch["mask"].sum())))
             if step == steps or step % config.eval_every == 0:
                 scores = evaluate.score(run, adapted, (run.params, state.peft_state), "dev")
-                report.show_scores(step, "dev", scores)
+                report.show_scores(f"step {step}", "dev", scores)
                 values |= report.columns("dev", scores)
             log.write(step, values)
             if step == steps or step % config.save_every == 0:

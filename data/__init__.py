@@ -7,7 +7,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from data import corpora, files, generation_sets, instruct, public_sets, stdlib_docs, tfds_source
+from data import (
+    corpora,
+    files,
+    generation_sets,
+    instruct,
+    public_sets,
+    python_sources,
+    stdlib_docs,
+    tfds_source,
+)
 from data.task import Example, Task, limit, make_task
 from data.written import LanguageTask, Written, first, make_language_task
 
@@ -25,11 +34,13 @@ __all__ = [
 
 _LOADERS: dict[str, Callable[..., Task | LanguageTask]] = {
     "cola": partial(public_sets.load, "cola"),
+    "docstrings": python_sources.load_docstrings,
     "files": files.load,
     "instruct": instruct.load,
     "mpqa": partial(public_sets.load, "mpqa"),
     "mr": partial(public_sets.load, "mr"),
     "mrpc": partial(public_sets.load, "mrpc"),
+    "python_sources": python_sources.load_sources,
     "rte": partial(public_sets.load, "rte"),
     "sick": partial(public_sets.load, "sick"),
     "sst2": partial(public_sets.load, "sst2"),

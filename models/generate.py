@@ -43,11 +43,11 @@ class Generated(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    step: jax.Array
+    step: jax.Array  # tokens drawn so far
+    last: jax.Array  # (B,)
     tokens: jax.Array
     lengths: jax.Array
     running: jax.Array
-    logits: jax.Array
     cache: Cache
 
 
@@ -84,33 +84,68 @@ def generate(
     """
     _check(config, tokens, mask, key, new_tokens, sampling)
     batch, length = tokens.shape
-    cache = empty_cache(config, batch, length + new_tokens)
-    logits, cache = apply(variables, tokens, cache, mask, method="extend")
     keys = jax.random.split(jax.random.key(0) if key is None else key, new_tokens)
-    stops = jnp.asarray(stop, jnp.int32)[None]
+    stops, zero = jnp.asarray(stop, jnp.int32)[None], jnp.zeros((), jnp.int32)
+
+    def grow(loop: _Loop, logits: jax.Array, cache: Cache) -> _Loop:
+        """One more token in every row that has not ended."""
+        token = jnp.where(loop.running, draw(logits, keys[loop.step], sampling), pad_id)
+        tokens = jax.lax.dynamic_update_slice(loop.tokens, token[:, None], (zero, loop.step))
+        lengths = loop.lengths + loop.running.astype(jnp.int32)
+        running = loop.running & ~jnp.any(token[:, None] == stops, axis=1)
+        return _Loop(loop.step + 1, token, tokens, lengths, running, cache)
 
     def body(loop: _Loop) -> _Loop:
-        token = draw(loop.logits, keys[loop.step], sampling)
-        token = jnp.where(loop.running, token, pad_id)
-        zero = jnp.zeros((), jnp.int32)
-        new = jax.lax.dynamic_update_slice(loop.tokens, token[:, None], (zero, loop.step))
-        running = loop.running & ~jnp.any(token[:, None] == stops, axis=1)
-        lengths = loop.lengths + loop.running.astype(jnp.int32)
-        logits, cache = apply(variables, token[:, None], loop.cache, method="extend")
-        return _Loop(loop.step + 1, new, lengths, running, logits, cache)
+        return grow(loop, *apply(variables, loop.last[:, None], loop.cache, method="extend"))
 
-    start = _Loop(
-        jnp.zeros((), jnp.int32),
-        jnp.full((batch, new_tokens), pad_id, jnp.int32),
-        jnp.zeros(batch, jnp.int32),
-        jnp.ones(batch, bool),
-        logits,
-        cache,
-    )
+    cache = empty_cache(config, batch, length + new_tokens - 1)
+    none = jnp.zeros(batch, jnp.int32)
+    new = jnp.full((batch, new_tokens), pad_id, jnp.int32)
+    empty = _Loop(zero, none, new, none, jnp.ones(batch, bool), cache)
+    start = grow(empty, *apply(variables, tokens, cache, mask, method="extend"))
     end = jax.lax.while_loop(
         lambda loop: (loop.step < new_tokens) & jnp.any(loop.running), body, start
     )
     return Generated(end.tokens, end.lengths)
+
+
+def per_row(
+    apply: Callable[..., Any], bind: Callable[[Any, Any], Any], states: Any
+) -> Callable[..., Any]:
+    """`apply` for a batch in which every row has an adapter of its own.
+
+    What the rows share, the base's kernels, is multiplied once for all of them.
+
+        peft, states = ..., pefts.stack([state_0, state_1, state_2])
+        chosen = jax.tree.map(lambda leaf: leaf[rows], states)    # rows (B,): which adapter
+        mixed = per_row(pefts.apply(model.apply), peft.bind, chosen)
+        out = generate(mixed, model.config, {"params": params}, tokens, mask, new_tokens=64)
+
+    Args:
+      apply: pefts.apply(model.apply).
+      bind: (params, state) -> parameters that `apply` takes.
+      states: adapter states with a leading axis B on every leaf.
+
+    Returns:
+      What `generate` takes as apply; its variables hold the plain parameters.
+    """
+    axes = Cache(1, 1, 0, None)  # pyright: ignore[reportArgumentType]
+
+    def extend(
+        variables: Any, tokens: Array, cache: Cache, mask: Array | None = None, *, method: str
+    ) -> tuple[jax.Array, Cache]:
+        def one(state: Any, row: Array, real: Array, held: Cache) -> tuple[jax.Array, Cache]:
+            bound = {**variables, "params": bind(variables["params"], state)}
+            held = Cache(held.keys[:, None], held.values[:, None], held.real[None], held.length)
+            logits, held = apply(bound, row[None], held, real[None], method=method)
+            held = Cache(held.keys[:, 0], held.values[:, 0], held.real[0], held.length)
+            return logits[0], held
+
+        real = jnp.ones(tokens.shape, bool) if mask is None else mask
+        rows = jax.vmap(one, in_axes=(0, 0, 0, axes), out_axes=(0, axes))
+        return rows(states, tokens, real, cache)
+
+    return extend
 
 
 def draw(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -336,7 +336,8 @@ def test_options_are_checked(tmp_path):
 def test_every_set_has_a_prompt_and_a_reader():
     for name, known in KNOWN.items():
         assert known.template in TEMPLATES, name
-        assert known.kind in generation_sets._READERS, name
+        assert set(known.kinds.values()) <= set(generation_sets._READERS), name
+        assert set(known.kinds) == {"train", "dev", "test"}, name
         assert "train" in known.files or "test" in known.files, name
 
 

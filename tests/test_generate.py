@@ -1,6 +1,7 @@
 """Continuations: those of transformers, whatever the padding; sampling; adapters; a real model."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from tiny_decoders import FAMILIES, SIZES, Reference, batch
 
 import models
 import pefts
-from models.generate import Generated, Sampling, draw, generate
+from models.generate import Generated, Sampling, draw, generate, per_row
 
 Decoders = dict[str, Reference]
 
@@ -123,3 +124,49 @@ def test_bad_arguments_are_refused(decoders: Decoders) -> None:
         call(mask[:, ::-1], new_tokens=1)
     with pytest.raises(ValueError, match="without any token"):
         call(np.zeros_like(mask), new_tokens=1)
+
+
+def test_rows_of_one_batch_may_have_adapters_of_their_own(decoders: Decoders) -> None:
+    model, params, _ = models.load(decoders["llama"].folder)
+    tokens, mask = (np.concatenate([array, array[:2]]) for array in batch())
+    axes = pefts.infer_axes(model.apply, params, tokens)
+    peft = pefts.lora(rank=4, alpha=8.0, axes=axes)
+    start = peft.init(jax.random.key(0), params)
+    states = [start, *(pefts.randomize(jax.random.key(k), start) for k in (1, 2))]
+    rows = np.arange(len(tokens)) % 3
+    chosen = jax.tree.map(lambda leaf: leaf[rows], pefts.stack(states))
+
+    @jax.jit
+    def mixed(chosen: Any) -> Generated:
+        extend = per_row(pefts.apply(model.apply), peft.bind, chosen)
+        variables = {"params": params}
+        return generate(extend, model.config, variables, tokens, mask, new_tokens=8, stop=(2,))
+
+    together = mixed(chosen)
+    alone = [
+        run(model, peft.merge(params, state), tokens, mask, new_tokens=8, stop=(2,))
+        for state in states
+    ]
+    for row, which in enumerate(rows):
+        np.testing.assert_array_equal(together.tokens[row], alone[which].tokens[row])
+    assert (np.asarray(alone[0].tokens) != np.asarray(alone[1].tokens)).any(axis=1).all()
+    # The base's kernels are multiplied once, by the rows of the whole batch.
+    text = mixed.lower(chosen).as_text()
+    width = model.config.intermediate_size
+    pattern = rf"tensor<{len(rows)}x(\d+x)?{model.config.hidden_size}x{width}xf32>"
+    assert len(rows) == 5 != model.config.num_layers and not re.search(pattern, text)
+
+
+def test_the_model_runs_once_for_each_new_token(decoders: Decoders) -> None:
+    model, params, _ = models.load(decoders["llama"].folder)
+    tokens, mask = batch()
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        jax.debug.callback(lambda: calls.append(1))
+        return model.apply(*args, **kwargs)
+
+    out = generate(counted, model.config, {"params": params}, tokens, mask, new_tokens=6)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    assert len(calls) == 6

@@ -5,22 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 import data
 import models
-import pefts
 import train
-from configs.base import decoder_language
 from data import corpora, language
 from data.language import LanguageRows
 from data.written import Piece, Written, answered, make_language_task, plain
 from models.tokenizer import Tokenizer
 from training import evaluate, experiment, report
-from training import language as language_objective
-from training.objective import Writing
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 
@@ -206,22 +201,9 @@ def test_bad_corpora_are_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- runs
 
 
-@pytest.fixture
-def config(decoder_base: Path, tmp_path: Path) -> Any:
-    config = decoder_language("toy", "tiny")
-    text = "".join(f"{n % 10} times {n % 7} is what?\n\n" for n in range(400))
-    (tmp_path / "text.txt").write_text(text)
-    config.model.source = str(decoder_base)
-    config.task = {"name": "text", "path": str(tmp_path / "text.txt"), "block": 60}
-    config.method = {"method": "lora", "rank": 4, "alpha": 8.0}
-    config.optimizer.learning_rate = 0.02
-    config.train.steps, config.train.eval_every = 25, 25
-    return config
-
-
 @pytest.mark.usefixtures("optax_promotes_its_step_count")
-def test_a_run_lowers_the_perplexity_and_says_so(config: Any, tmp_path: Path) -> None:
-    train.train(config, tmp_path / "run")
+def test_a_run_lowers_the_perplexity_and_says_so(language_config: Any, tmp_path: Path) -> None:
+    train.train(language_config, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     base, adapted = (results["systems"][name] for name in ("base", "adapted"))
     assert adapted["loss"] < base["loss"] - 0.2 and adapted["tokens"] == base["tokens"] > 100
@@ -234,8 +216,8 @@ def test_a_run_lowers_the_perplexity_and_says_so(config: Any, tmp_path: Path) ->
     )
 
 
-def test_perplexity_is_that_of_the_texts_one_by_one(config: Any) -> None:
-    run = experiment.build(config)
+def test_perplexity_is_that_of_the_texts_one_by_one(language_config: Any) -> None:
+    run = experiment.build(language_config)
     scores = evaluate.score(run, evaluate.forward(run), run.params, "dev")
     total, tokens = 0.0, 0
     for ids in run.rows["dev"].ids:
@@ -247,36 +229,7 @@ def test_perplexity_is_that_of_the_texts_one_by_one(config: Any) -> None:
     assert scores.summary()["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_a_head_has_no_place_here(config: Any) -> None:
-    config.head = True
+def test_a_head_has_no_place_here(language_config: Any) -> None:
+    language_config.head = True
     with pytest.raises(ValueError, match="no classification head"):
-        experiment.build(config)
-
-
-# ---------------------------------------------------------------------------- writing
-
-
-def test_continuations_are_the_merged_models_own(config: Any) -> None:
-    run = experiment.build(config)
-    state = pefts.randomize(jax.random.key(1), run.peft.init(jax.random.key(0), run.params))
-    prompts = ["3 times", "a"]
-    texts = language_objective.write(run, (run.params, state), prompts, Writing(new_tokens=5))
-    merged = run.peft.merge(run.params, state)
-    tokenizer = models.load_tokenizer(config.model.source)
-    for prompt, text in zip(prompts, texts, strict=True):
-        (ids,) = tokenizer.encode([prompt])
-        for _ in range(5):
-            logits = run.model.apply({"params": merged}, np.asarray([ids], np.int32))
-            ids.append(int(np.argmax(np.asarray(logits)[0, -1])))
-        assert text == tokenizer.decode(ids)[len(prompt) :]
-
-
-def test_what_cannot_be_continued_is_refused(config: Any) -> None:
-    run = experiment.build(config)
-    state = run.peft.init(jax.random.key(0), run.params)
-    with pytest.raises(ValueError, match="prompt '' has no token"):
-        language_objective.write(run, (run.params, state), ["a", ""], Writing())
-    config.method = {"method": "prompt", "length": 2}
-    run = experiment.build(config)
-    with pytest.raises(ValueError, match="prompt adds tokens of its own"):
-        language_objective.write(run, (run.params, None), ["a"], Writing())
+        experiment.build(language_config)

@@ -1,7 +1,7 @@
 """Learning to write: packed rows of texts, the mean loss of learned tokens, perplexity."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,8 @@ import pefts
 from configs.base import Config, plain
 from data import language
 from data.pipeline import Batches
-from models import generate as generation
-from training import evaluate, report
-from training.objective import Apply, Call, Experiment, Forward, Objective, Writing, rows_of
+from training import evaluate, report, writing
+from training.objective import Apply, Call, Experiment, Forward, Objective, rows_of
 
 
 class Perplexity(NamedTuple):
@@ -143,55 +142,6 @@ def finish(run: Experiment, folder: Path, state: Any, adapted: Forward) -> dict[
     return files
 
 
-def write(run: Experiment, argument: Any, prompts: Sequence[str], how: Writing) -> list[str]:
-    """A continuation of every prompt by the adapted model; all prompts are one batch.
-
-    Args:
-      run: its config names the tokenizer.
-      argument: (params, peft_state).
-      prompts: texts.
-      how: length and sampling.
-
-    Raises:
-      ValueError: an empty prompt without a token, or a method that cannot decode token by token.
-    """
-    if not run.peft.traits.decodes:
-        raise ValueError(
-            f"{run.config.method.method} adds tokens of its own to every call, so it cannot "
-            "continue a text token by token; take another method."
-        )
-    tokenizer = models.load_tokenizer(run.config.model.source)
-    rows = [np.asarray(ids, np.int32) for ids in tokenizer.encode(list(prompts))]
-    for prompt, ids in zip(prompts, rows, strict=True):
-        if not len(ids):
-            raise ValueError(f"prompt {prompt!r} has no token; give some text")
-    length = max(map(len, rows))
-    tokens = np.stack([np.pad(ids, (length - len(ids), 0)) for ids in rows])
-    mask = np.stack([np.arange(length) >= length - len(ids) for ids in rows])
-    apply = pefts.apply(run.model.apply)
-    ends = {tokenizer.end_id, *models.stop_tokens(run.config.model.source)} - {None}
-
-    def generate(argument: Any, key: jax.Array) -> generation.Generated:
-        return generation.generate(
-            apply,
-            run.model.config,
-            {"params": run.peft.bind(*argument)},
-            tokens,
-            mask,
-            key,
-            new_tokens=how.new_tokens,
-            stop=tuple(sorted(ends)),
-            sampling=generation.Sampling(how.temperature, how.top_k, how.top_p),
-        )
-
-    found = jax.jit(generate)(argument, jax.random.key(how.seed))
-    pairs = zip(rows, np.asarray(found.tokens), np.asarray(found.lengths), strict=True)
-    # Decoded together with its prompt: the first token may carry a space, or half a character.
-    whole = [tokenizer.decode([*ids.tolist(), *new[:count].tolist()]) for ids, new, count in pairs]
-    known = [tokenizer.decode(ids.tolist()) for ids in rows]
-    return [text[len(prompt) :] for text, prompt in zip(whole, known, strict=True)]
-
-
 OBJECTIVE = Objective(
     ("dev_loss", "dev_perplexity"),
     load,
@@ -202,5 +152,5 @@ OBJECTIVE = Objective(
     predict,
     scores,
     finish,
-    write,
+    writing.write,
 )

@@ -28,6 +28,18 @@ class Scores(Protocol):
         ...
 
 
+class Opening(NamedTuple):
+    """What is to be continued.
+
+    Attributes:
+      text: any.
+      marked: whether special tokens are written out in it, as chat templates do.
+    """
+
+    text: str
+    marked: bool = False
+
+
 class Writing(NamedTuple):
     """How texts are continued: at most so many tokens, at a temperature (0: the likeliest)."""
 
@@ -64,7 +76,7 @@ class Objective(NamedTuple):
     predict: Callable[["Experiment", Forward, Any, str], np.ndarray]
     scores: Callable[["Experiment", np.ndarray, str], Scores]
     finish: Callable[["Experiment", Path, Any, Forward], dict[str, Path]]
-    write: Callable[["Experiment", Any, Sequence[str], "Writing"], list[str]] | None = None
+    write: Callable[["Experiment", Any, Sequence[Opening], Writing], list[str]] | None = None
 
 
 class Experiment(NamedTuple):

@@ -116,10 +116,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(stream))
 
 
-def show_scores(step: int, split: str, scores: Scores) -> None:
+def show_scores(of: str, split: str, scores: Scores) -> None:
     """Print one line of scores."""
     text = ", ".join(f"{name} {value:.3f}" for name, value in scores.summary().items())
-    console.print(f"step {step}: {split} {text}", highlight=False)
+    console.print(f"{of}: {split} {text}", highlight=False)
 
 
 def columns(split: str, scores: Scores) -> dict[str, float]:
