@@ -26,6 +26,7 @@ lint: $(VENV)/.installed-tests
 
 bench: $(VENV)/.installed-tests
 	$(BIN)/python -m benchmarks.encoder_step
+	$(BIN)/python -m benchmarks.decoder_step --shape=tiny
 	$(BIN)/python -m benchmarks.methods
 
 $(VENV)/.installed: requirements.txt

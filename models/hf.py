@@ -198,20 +198,32 @@ def load_params(folder: str | Path, names: NameMap, abstract_params: Any, dtype:
 
         def read(path: str, leaf: Any) -> jax.Array:
             found = [tensors[key] for key in wanted[path]]
-            arrays = (files[tensor.file].get_tensor(tensor.key) for tensor in found)
-            return _assemble(arrays, leaf, names.op(path), dtype, _is_stacked(path))
+            views = [files[tensor.file].get_slice(tensor.key) for tensor in found]
+            return _assemble(views, leaf, names.op(path), dtype, _is_stacked(path))
 
         loaded = {path: read(path, leaf) if path in wanted else leaf for path, leaf in flat.items()}
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
-def _assemble(
-    arrays: Iterable[np.ndarray], leaf: Any, op: str, dtype: Any, stacked: bool
-) -> jax.Array:
-    whole = np.empty(leaf.shape, jnp.dtype(dtype or leaf.dtype))
-    for row, array in zip(whole if stacked else whole[None], arrays, strict=True):
-        row[...] = (array.T if op == "T" else array).astype(whole.dtype)
-    return jax.device_put(whole, getattr(leaf, "sharding", None))
+def _assemble(views: list[Any], leaf: Any, op: str, dtype: Any, stacked: bool) -> jax.Array:
+    """One leaf from its layers' tensors; of a sharded one only the shards of this process."""
+    target = jnp.dtype(dtype or leaf.dtype)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        spans = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+        inner = tuple(slice(span.start, span.stop) for span in spans[stacked:])
+        inner = inner[::-1] if op == "T" else inner
+        part = np.empty([len(span) for span in spans], target)
+        rows = [views[i] for i in spans[0]] if stacked else views
+        for row, view in zip(part if stacked else part[None], rows, strict=True):
+            array = view[inner]
+            row[...] = (array.T if op == "T" else array).astype(target)
+        return part
+
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return jax.device_put(shard((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
 
 def _headers(folder: Path) -> dict[str, _Tensor]:

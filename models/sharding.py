@@ -6,18 +6,21 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def data_mesh(batch_size: int) -> Mesh:
+def data_mesh(batch_size: int, parts: int = 1) -> Mesh:
     """All devices in one "data" axis.
 
     Raises:
-      ValueError: the batch does not divide over the devices.
+      ValueError: the batch, or each of its parts if it is computed in several, does not divide over
+        the devices.
     """
     devices = jax.devices()
-    if batch_size % len(devices):
+    multiple = len(devices) * parts
+    if batch_size % multiple:
+        each = f" in {parts} parts (train.accumulate)" if parts > 1 else ""
         raise ValueError(
-            f"data.batch_size={batch_size} does not divide over {len(devices)} devices: make it a "
-            f"multiple of {len(devices)}, for instance "
-            f"{max(1, round(batch_size / len(devices))) * len(devices)}."
+            f"data.batch_size={batch_size}{each} does not divide over {len(devices)} devices: make "
+            f"it a multiple of {multiple}, for instance "
+            f"{max(1, round(batch_size / multiple)) * multiple}."
         )
     # Auto: XLA chooses the shardings inside the step, so models need no annotations.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))

@@ -1,7 +1,9 @@
 """Eight CPU devices and JAX at its strictest, for every test."""
 
+import functools
 import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import pytest  # noqa: E402
 import tiny_checkpoint  # noqa: E402
 
 from configs.base import Config, decoder_language  # noqa: E402
+from data import stdlib_docs  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,6 +47,18 @@ def programs_end_with_their_module() -> Iterator[None]:
     """Each compiled program is a few memory maps: a worker that kept all would run out of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_library_is_parsed_once() -> Iterator[None]:
+    """Three seconds, for the many tests that load the default task."""
+    original, library = stdlib_docs.read_docs, Path(sysconfig.get_path("stdlib"))
+    parsed = functools.cache(lambda: list(original(library)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            stdlib_docs, "read_docs", lambda at: parsed() if at == library else original(at)
+        )
+        yield
 
 
 @pytest.fixture

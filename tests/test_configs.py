@@ -1,9 +1,8 @@
 """Every config: its docstring says what it needs to, and its tiny mode trains and resumes."""
 
-import functools
 import importlib
+import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,22 +11,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import pefts
 import train
-from data import stdlib_docs
-from training import checkpoint, evaluate, report
+from training import checkpoint, evaluate, experiment, report, writing
+from training.objective import Writing
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*_*.py"))
 CONFIGS = [file.stem for file in FILES if file.stem != "__init__"]
 pytestmark = pytest.mark.usefixtures("optax_promotes_its_step_count")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def the_library_is_parsed_once() -> Iterator[None]:
-    read = functools.cache(lambda folder: list(original(folder)))
-    original = stdlib_docs.read_docs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stdlib_docs, "read_docs", read)
-        yield
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -93,3 +84,27 @@ def test_tiny_mode_trains_and_resumes(
     losses = [report.read_rows(tmp_path / part / "metrics.csv") for part in ("whole", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert checkpoint.manager(tmp_path / "whole").latest_step() == 2
+
+
+MADE_UP = [
+    name
+    for name in CONFIGS
+    if importlib.import_module(f"configs.{name}").get_config("tiny").model.source == "tiny-llama"
+]
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_a_model_made_on_the_spot_runs_to_the_end(name: str, tmp_path: Path) -> None:
+    config = importlib.import_module(f"configs.{name}").get_config("tiny")
+    root = config.task.get("root")
+    if root and not Path(root).is_dir():
+        pytest.skip(f"the data of {name} ({root}) are not here")
+    train.train(config, tmp_path)
+    systems = json.loads((tmp_path / "results.json").read_text())["systems"]
+    assert systems["base"]["loss"] != systems["adapted"]["loss"]
+    run = experiment.build(config)
+    if run.task.grade is None:
+        return
+    _, state = pefts.load(tmp_path / "adapter.safetensors", run.params)
+    grades = writing.grade(run, (run.params, state), "dev", Writing(4), limit=3)
+    assert len(grades.answers) == 3 and grades.summary()

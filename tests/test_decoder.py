@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_decoders import FAMILIES, SIZES, Reference, batch, torch_logits, torch_model
 
 import models
@@ -335,3 +338,28 @@ def test_a_missing_head_is_an_error(decoders: Decoders, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"missing: lm_head.weight \(61, 24\)"):
         models.load(tmp_path)
+
+
+def test_shards_are_read_one_by_one(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = decoders["llama"].folder
+    _, whole, _ = models.load(folder)
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    held: list[int] = []
+
+    def sharding(leaf: Any) -> NamedSharding:
+        even = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % 8 == 0]
+        return NamedSharding(
+            mesh,
+            PartitionSpec(*["fsdp" if axis in even[-1:] else None for axis in range(leaf.ndim)]),
+        )
+
+    def empty(shape: Any, dtype: Any) -> np.ndarray:
+        held.append(math.prod(shape))
+        return np.empty(shape, dtype)
+
+    watched = types.SimpleNamespace(**{**vars(np), "empty": empty})
+    monkeypatch.setattr(hf, "np", watched)
+    _, cut, _ = models.load(folder, shardings=lambda tree: jax.tree.map(sharding, tree))
+    assert max(held) * 8 == max(leaf.size for leaf in jax.tree.leaves(whole))
+    assert sum(held) == sum(leaf.size for leaf in jax.tree.leaves(whole))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(cut), jax.device_get(whole))

@@ -101,7 +101,7 @@ def test_eval_does_all_that_it_names(
     assert "3 times" in capsys.readouterr().out
     call_eval(folder, f"--export={tmp_path / 'peft'}", f"--merge={tmp_path / 'whole'}")
     assert (tmp_path / "peft/adapter_model.safetensors").stat().st_size > 100
-    run, state = eval_script.load_run(folder, folder / "adapter.safetensors")
+    run, state = experiment.load_run(folder)
     model, params, _ = models.load(tmp_path / "whole")
     merged = run.peft.merge(run.params, state)
     jax.tree.map(np.testing.assert_array_equal, params, merged)

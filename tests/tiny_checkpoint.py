@@ -1,15 +1,13 @@
 """Hugging Face folders of a tiny random BERT and Llama, made without transformers or torch."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tokenizers
 
 import models
-from models import decoder, encoder, hf
+from models import create, encoder, hf
 from models.decoder_config import DecoderConfig
 from models.rope import Rope
 
@@ -53,17 +51,9 @@ def write(folder: Path) -> Path:
 
 def write_decoder(folder: Path) -> Path:
     """Write a Llama whose tokens are bytes into `folder`."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(["<end>", *letters])}
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    raw.add_special_tokens(["<end>"])
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    raw = create.learn_tokenizer([], 257)
     config = DecoderConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=257,
         hidden_size=24,
         num_layers=2,
         num_heads=4,
@@ -73,7 +63,4 @@ def write_decoder(folder: Path) -> Path:
         max_positions=64,
         rope=Rope(64),
     )
-    params = decoder.Decoder(config).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
-    names = replace(models.MODELS["llama"].names, layers=config.num_layers, prefix="model.")
-    hf.save_params(folder, params, names, {**config.to_hf(), "eos_token_id": 0})
-    return folder
+    return create.create(folder, config, raw, seed=3)

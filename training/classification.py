@@ -69,6 +69,11 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
     return jax.numpy.mean(losses * batch["weight"])
 
 
+def weight(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """How many rows a batch has."""
+    return jax.numpy.asarray(float(batch["label"].shape[0]))
+
+
 def predict(experiment: Experiment, run: Forward, argument: Any, split: str) -> np.ndarray:
     """run(argument, batch) for every row of the split, in order."""
     rows = rows_of(experiment, split)
@@ -161,6 +166,7 @@ OBJECTIVE = Objective(
     train_batches,
     call,
     cross_entropy,
+    weight,
     predict,
     scores,
     finish,

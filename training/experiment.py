@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from data.pipeline import Batches
 from data.written import LanguageTask
 from pefts import core, optimizers, targets
 from pefts.optimizers import decay
-from training import classification, language
+from training import checkpoint, classification, language
 from training.objective import Experiment
 
 HEAD = r"(^|/)classifier/"
@@ -31,6 +32,21 @@ def build(config: Config) -> Experiment:
     axes = pefts.infer_axes(model.apply, params, tokens, np.ones_like(tokens))
     peft = method(config, axes)
     return Experiment(config, task, rows, model, params, names, peft, objective)
+
+
+def load_run(folder: Path, adapter: Path | None = None) -> tuple[Experiment, pefts.PeftState]:
+    """The experiment of a run's folder with the method of its adapter file, and the adapter.
+
+    Args:
+      folder: what train.py was given.
+      adapter: a file; the folder's adapter.safetensors if None.
+
+    Raises:
+      ValueError: the folder holds no run, or the file no adapter of its base.
+    """
+    run = build(checkpoint.read_config(folder))
+    peft, state = pefts.load(adapter or folder / "adapter.safetensors", run.params)
+    return run._replace(peft=peft), state
 
 
 def method(config: Config, axes: Mapping[str, str]) -> pefts.Peft:

@@ -32,7 +32,7 @@ import pefts
 from models.decoder import Decoder
 from models.generate import Sampling, generate
 from models.tokenizer import Tokenizer
-from training import checkpoint, report
+from training import checkpoint, experiment, report
 
 INSTALL = "pip install 'lm_eval>=0.4.13'"
 RESULTS = "harness.json"
@@ -480,10 +480,7 @@ def evaluate(
     source = checkpoint.read_config(run_folder).model.source
     manager = _package("lm_eval.tasks").TaskManager(include_path=include_path)
     _check_tasks(tasks, manager.all_tasks)
-    # Not at the top: a script, whose flags are not for those who import the rest of this module.
-    from eval import load_run
-
-    run, state = load_run(run_folder, adapter or run_folder / "adapter.safetensors")
+    run, state = experiment.load_run(run_folder, adapter)
     lm = harness_model(
         run.model,
         run.peft.bind(run.params, state),

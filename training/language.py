@@ -100,8 +100,12 @@ def call(apply: Apply) -> Call:
 
 def loss(losses: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The mean over the learned tokens of a batch."""
-    weight = batch["weight"]
-    return jnp.sum(losses * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+    return jnp.sum(losses * batch["weight"]) / jnp.maximum(weight(batch), 1.0)
+
+
+def weight(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """How many learned tokens a batch has."""
+    return jnp.sum(batch["weight"])
 
 
 def predict(experiment: Experiment, run: Forward, argument: Any, split: str) -> np.ndarray:
@@ -149,6 +153,7 @@ OBJECTIVE = Objective(
     train_batches,
     call,
     loss,
+    weight,
     predict,
     scores,
     finish,

@@ -59,7 +59,8 @@ class Objective(NamedTuple):
       describe: experiment -> what the data is, in a line.
       train_batches: experiment -> endless batches of the training split.
       call: apply -> a `Call` on a batch.
-      loss: (output of the call, batch) -> scalar.
+      loss: (output of the call, batch) -> scalar, a mean.
+      weight: batch -> what its loss counts in a mean over batches.
       predict: (experiment, forward, argument, split) -> one number or row for each prediction.
       scores: (experiment, predictions, split) -> `Scores`.
       finish: writes what a finished run leaves beside its adapter.
@@ -73,6 +74,7 @@ class Objective(NamedTuple):
     train_batches: Callable[["Experiment"], Batches]
     call: Callable[[Apply], Call]
     loss: Callable[[Any, Mapping[str, Any]], jax.Array]
+    weight: Callable[[Mapping[str, Any]], jax.Array]
     predict: Callable[["Experiment", Forward, Any, str], np.ndarray]
     scores: Callable[["Experiment", np.ndarray, str], Scores]
     finish: Callable[["Experiment", Path, Any, Forward], dict[str, Path]]
