@@ -2,6 +2,8 @@
 
 Command: python train.py --config=configs/python_docstrings_galore.py
 All parameters are trained; the optimizer's state of a kernel lives in a subspace of rank 48.
+Time: 4 minutes on 2 CPU cores, compilation and evaluation included.
+Result: in the README.
 """
 
 from ml_collections import ConfigDict

@@ -209,7 +209,7 @@ def _assemble(views: list[Any], leaf: Any, op: str, dtype: Any, stacked: bool) -
     """One leaf from its layers' tensors; of a sharded one only the shards of this process."""
     target = jnp.dtype(dtype or leaf.dtype)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         spans = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
         inner = tuple(slice(span.start, span.stop) for span in spans[stacked:])
         inner = inner[::-1] if op == "T" else inner

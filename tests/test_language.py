@@ -93,6 +93,13 @@ def test_a_batch_says_what_follows_what() -> None:
     assert batch["weight"][0].tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
 
 
+def test_a_weight_is_that_of_the_target(tokenizer: Tokenizer) -> None:
+    rows = language.tokenise([answered("ab", "cd")], tokenizer, max_length=8)
+    batch = language.eval_batches(rows, length=8, batch_size=1)[0]
+    assert tokenizer.decode(batch["targets"][0, :3].tolist()) == "bcd"
+    assert batch["weight"][0].tolist() == [0, 1, 1, 1, 0, 0, 0, 0]  # c, d and the end
+
+
 def test_every_token_is_a_target_once_in_evaluation() -> None:
     rows = rows_of(*range(2, 9), *range(2, 9))
     batches = language.eval_batches(rows, length=8, batch_size=4)
