@@ -35,6 +35,7 @@ OUT = ROOT / "runs" / "language_methods"
 CONFIG = "stories260k_tinyshakespeare_lora"
 LEARNING_RATE_FACTOR = 3.0
 STORIES, STORY_TOKENS = 64, 200
+WIDTH = 64  # of stories260K: no kernel has a larger rank
 
 
 def config_of(name: str, base: str, steps: int) -> Config:
@@ -42,6 +43,10 @@ def config_of(name: str, base: str, steps: int) -> Config:
     config = importlib.import_module(f"configs.{CONFIG}").get_config()
     other = importlib.import_module(f"configs.{name}").get_config()
     other.train.steps = steps
+    if "warmup" in other.method:  # a schedule in steps, made for a longer run
+        other.method.warmup = (steps // 8, steps // 3)
+    if other.method.get("rank", 0) > WIDTH:
+        other.method.rank = WIDTH
     config.method, config.model.source, config.train.steps = other.method, base, steps
     config.task.root = str(SHARED)
     config.optimizer.learning_rate = LEARNING_RATE_FACTOR * other.optimizer.learning_rate

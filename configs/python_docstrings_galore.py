@@ -2,8 +2,8 @@
 
 Command: python train.py --config=configs/python_docstrings_galore.py
 All parameters are trained; the optimizer's state of a kernel lives in a subspace of rank 48.
-Time: 4 minutes on 2 CPU cores, compilation and evaluation included.
-Result: in the README.
+Time: 6 minutes on 2 CPU cores with other work beside it.
+Result: perplexity of test docstrings 97.5 (the base's: 217.7).
 """
 
 from ml_collections import ConfigDict

@@ -49,7 +49,11 @@ def same(found: Any, want: Any) -> None:
     for path, group in want.items():
         assert set(found[path]) == set(group)
         for name, value in group.items():
-            np.testing.assert_array_equal(found[path][name], value, err_msg=f"{path} {name}")
+            # Fewer kernels are another program, which may add in another order.
+            scale = float(np.max(np.abs(value)))
+            np.testing.assert_allclose(
+                found[path][name], value, rtol=0, atol=2e-6 * scale, err_msg=f"{path} {name}"
+            )
 
 
 def test_a_method_brings_its_targets_and_its_needs(key: jax.Array) -> None:

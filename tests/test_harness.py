@@ -17,7 +17,7 @@ from flax import traverse_util
 import models
 import pefts
 from configs.base import decoder_language
-from models import llama2c
+from models import create, llama2c
 from models.generate import Sampling
 from models.tokenizer import Tokenizer
 from training import checkpoint, experiment, harness
@@ -262,7 +262,7 @@ def test_its_torch_model_answers_the_same(lm: Any, ask: Any, decoder_base: Path)
         for parameter in model.parameters():
             parameter.mul_(SCALE if parameter.ndim > 1 else 1.0)
     file = str(decoder_base / "tokenizer.json")
-    named = {"eos_token": "<end>", "pad_token": "<end>"}
+    named = {"eos_token": create.END, "pad_token": create.END}
     theirs = huggingface.HFLM(
         pretrained=model,
         tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_file=file, **named),

@@ -14,6 +14,7 @@ import train
 from data import corpora, language
 from data.language import LanguageRows
 from data.written import Piece, Written, answered, make_language_task, plain
+from models import create
 from models.tokenizer import Tokenizer
 from training import evaluate, experiment, report
 
@@ -46,7 +47,7 @@ def test_answers_are_learned_with_their_end_and_prompts_are_not(tokenizer: Token
 
 
 def test_marked_texts_get_no_special_tokens(tokenizer: Tokenizer) -> None:
-    texts = [answered("a", "b"), answered("a", "b<end>c")._replace(marked=True), plain("d")]
+    texts = [answered("a", "b"), answered("a", f"b{create.END}c")._replace(marked=True), plain("d")]
     rows = language.tokenise(texts, tokenizer, max_length=9)
     assert [len(ids) for ids in rows.ids] == [3, 4, 2]
     assert rows.ids[1][2] == tokenizer.end_id and rows.ids[1][-1] != tokenizer.end_id
