@@ -35,7 +35,7 @@ OUT = ROOT / "runs" / "language_methods"
 CONFIG = "stories260k_tinyshakespeare_lora"
 LEARNING_RATE_FACTOR = 3.0
 STORIES, STORY_TOKENS = 64, 200
-WIDTH = 64  # of stories260K: no kernel has a larger rank
+WIDTH = 32  # the smaller side of the narrowest kernel of stories260K: no rank is above it
 
 
 def config_of(name: str, base: str, steps: int) -> Config:
@@ -45,6 +45,8 @@ def config_of(name: str, base: str, steps: int) -> Config:
     other.train.steps = steps
     if "warmup" in other.method:  # a schedule in steps, made for a longer run
         other.method.warmup = (steps // 8, steps // 3)
+    if "exclude" in other.method:  # names of an encoder's parts
+        del other.method.exclude
     if other.method.get("rank", 0) > WIDTH:
         other.method.rank = WIDTH
     config.method, config.model.source, config.train.steps = other.method, base, steps
