@@ -10,9 +10,11 @@ def data_mesh(batch_size: int, parts: int = 1) -> Mesh:
     """All devices in one "data" axis.
 
     Raises:
-      ValueError: the batch, or each of its parts if it is computed in several, does not divide over
-        the devices.
+      ValueError: parts below 1; the batch, or each of its parts if it is computed in several, does
+        not divide over the devices.
     """
+    if parts < 1:
+        raise ValueError(f"train.accumulate={parts} must be at least 1 part of a batch")
     devices = jax.devices()
     multiple = len(devices) * parts
     if batch_size % multiple:

@@ -58,6 +58,9 @@ def test_parts_divide_over_the_devices(language_config: Any) -> None:
     language_config.train.accumulate = 2
     with pytest.raises(ValueError, match=r"batch_size=8 in 2 parts .* a multiple of 16, for inst"):
         train.prepare(language_config)
+    language_config.train.accumulate = 0
+    with pytest.raises(ValueError, match="train.accumulate=0 must be at least 1"):
+        train.prepare(language_config)
 
 
 def test_training_in_parts_is_training(language_config: Any) -> None:
