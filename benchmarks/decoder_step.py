@@ -26,17 +26,15 @@ that backward. What is computed again (remat, chunks of the loss) does not count
 import argparse
 import functools
 import json
-import os
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from benchmarks import processes
 
 RANK, ALPHA = 16, 32
 COMPILERS = ("c++", "g++", "clang++")
@@ -227,27 +225,15 @@ def measure(shape: str, rows: int, length: int, steps: int, side: str) -> dict[s
     """Seconds of the steps of one side, in this process."""
     build = ours if side in OURS else peft
     run, device_peak = build(SHAPES[shape], tokens_of(SHAPES[shape], rows, length), side)
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    run()
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+    first, middle = processes.step_seconds(run, steps)
     peak = device_peak() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(times), "first_s": first, "peak_mib": peak / 2**20}
+    return {"seconds": middle, "first_s": first, "peak_mib": peak / 2**20}
 
 
 def in_process(side: str, size: tuple[int, int], arguments: argparse.Namespace) -> Any:
     """`measure` in a fresh process; the last line of its errors where it fails."""
-    numbers = [str(n) for n in (*size, arguments.steps)]
-    command = [sys.executable, "-m", "benchmarks.decoder_step", "--child", arguments.shape]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    out = subprocess.run(
-        [*command, *numbers, side], capture_output=True, text=True, env=environment
-    )
+    given = (arguments.shape, *size, arguments.steps, side)
+    out = processes.child("benchmarks.decoder_step", given)
     if out.returncode:
         return (out.stderr.strip().splitlines() or [f"exit status {out.returncode}"])[-1]
     return json.loads(out.stdout.strip().splitlines()[-1])

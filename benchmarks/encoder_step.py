@@ -11,16 +11,14 @@ of the process, and the time to the end of the first step (ours compiles in it).
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from benchmarks import processes
 
 RANK, CLASSES, SIDES = 8, 10, ("ours", "peft")
 
@@ -101,25 +99,17 @@ def measure(side: str, batch_size: int, length: int, steps: int) -> dict[str, fl
     """Seconds of the steps of one side, in this process."""
     build = {"ours": ours, "peft": peft}[side]
     run = build(make_batch(batch_size, length))
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    run()
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+    first, middle = processes.step_seconds(run, steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step_ms": 1000 * statistics.median(times), "first_s": first, "peak_mib": peak}
+    return {"step_ms": 1000 * middle, "first_s": first, "peak_mib": peak}
 
 
 def in_process(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     """`measure` in a fresh process."""
-    sizes = [str(arguments.batch), str(arguments.length), str(arguments.steps)]
-    command = [sys.executable, "-m", "benchmarks.encoder_step", "--child", side, *sizes]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    out = processes.child(
+        "benchmarks.encoder_step", (side, arguments.batch, arguments.length, arguments.steps)
+    )
+    out.check_returncode()
     return json.loads(out.stdout.strip().splitlines()[-1])
 
 

@@ -27,7 +27,7 @@ from configs.base import Config
 from data import language
 from data.written import plain
 from models.generate import Sampling, generate
-from training import evaluate, writing
+from training import evaluate, experiment, writing
 from training.checkpoint import write_atomically
 from training.objective import Experiment, Opening, Writing
 
@@ -88,20 +88,20 @@ def perplexity(run: Experiment, forward: Any, argument: Any, texts: Sequence[str
 def run(name: str, base: str, steps: int, own: Sequence[str]) -> dict[str, Any]:
     """Train one method; what it reads and writes after that."""
     session = train.prepare(config_of(name, base, steps))
-    state, experiment = session.state, session.run
+    state, adapted = session.state, session.run
     for step in range(session.steps):
         state, metrics = session.update(state, session.place(session.batches[step]))
     if not bool(metrics.finite):
         raise FloatingPointError(f"{name}: the loss is not finite")
-    argument, forward = (experiment.params, state.peft_state), evaluate.adapted_forward(experiment)
+    argument, forward = (adapted.params, state.peft_state), evaluate.adapted_forward(adapted)
     text = ""
-    if experiment.peft.traits.decodes:
-        (text,) = writing.write(experiment, argument, [Opening("ROMEO:")], Writing(40, 0.7))
+    if adapted.peft.traits.decodes:
+        (text,) = writing.write(adapted, argument, [Opening("ROMEO:")], Writing(40, 0.7))
     return {
         "method": name.removeprefix(PREFIX),
         "trainable": pefts.count(state.peft_state.trainable),
-        "test": evaluate.score(experiment, forward, argument, "test").summary()["perplexity"],
-        "own": perplexity(experiment, forward, argument, own),
+        "test": evaluate.score(adapted, forward, argument, "test").summary()["perplexity"],
+        "own": perplexity(adapted, forward, argument, own),
         "text": text,
         "steps": steps,
     }
@@ -109,14 +109,14 @@ def run(name: str, base: str, steps: int, own: Sequence[str]) -> dict[str, Any]:
 
 def unadapted(base: str, own: Sequence[str]) -> dict[str, Any]:
     """The base itself."""
-    experiment = train.prepare(config_of(f"{PREFIX}lora", base, 1)).run
-    forward = evaluate.forward(experiment)
-    scores = evaluate.score(experiment, forward, experiment.params, "test")
+    plain_run = experiment.build(config_of(f"{PREFIX}lora", base, 1))
+    forward = evaluate.forward(plain_run)
+    scores = evaluate.score(plain_run, forward, plain_run.params, "test")
     return {
         "method": "*none*",
         "trainable": 0,
         "test": scores.summary()["perplexity"],
-        "own": perplexity(experiment, forward, experiment.params, own),
+        "own": perplexity(plain_run, forward, plain_run.params, own),
         "text": "",
     }
 

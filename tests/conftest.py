@@ -68,6 +68,13 @@ def key() -> jax.Array:
 
 
 @pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64, for what the papers' own code computed in it."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def optax_promotes_its_step_count() -> Iterator[None]:
     """For whole training steps: optax's Adam mixes integers and floats."""
     with jax.numpy_dtype_promotion("standard"):

@@ -39,12 +39,6 @@ def golden():
     return dict(np.load(GOLDEN))
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def ours(golden: dict, kind: str, at: int | None = None) -> dict:
     """{path: {A, B, e}} in the orientation of kernels."""
     found = {}

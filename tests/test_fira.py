@@ -1,7 +1,6 @@
 """Fira against numpy in float64 and the official code, and the properties of its residual."""
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ B1, B2 = 0.9, 0.999
 Array = np.ndarray
 
 pytestmark = pytest.mark.usefixtures("optax_promotes_its_step_count")
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -43,12 +43,6 @@ Array = np.ndarray
 pytestmark = pytest.mark.usefixtures("optax_promotes_its_step_count")
 
 
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
-
-
 # --- the official code ---
 
 

@@ -32,12 +32,6 @@ def golden():
     return dict(np.load(GOLDEN))
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 # ---------------------------------------------------------------------------- the factors
 
 

@@ -39,12 +39,6 @@ def golden(request):
     return {**stored, **own}
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def official(golden: dict, **kwargs) -> tuple:
     """The parameters, the method with the golden settings, its state at the start."""
     kernels = {"first": golden["W1"], "second": golden["W2"]}

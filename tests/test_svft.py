@@ -26,12 +26,6 @@ def golden():
     return dict(np.load(GOLDEN))
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def entries(n: int, d: int) -> int:
     return n * (2 * d + 1) - d * (d + 1)
 

@@ -25,12 +25,6 @@ def golden():
     return dict(np.load(GOLDEN))
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def official(golden: dict) -> dict:
     """The kernels, in their own orientation."""
     return {f"m{n}": {"kernel": jnp.asarray(golden[f"W_{n}"].T)} for n in MATRICES}

@@ -33,6 +33,7 @@ from models.decoder import Decoder
 from models.generate import Sampling, generate
 from models.tokenizer import Tokenizer
 from training import checkpoint, experiment, report
+from training.writing import behind, filled, left_padded
 
 INSTALL = "pip install 'lm_eval>=0.4.13'"
 RESULTS = "harness.json"
@@ -251,22 +252,9 @@ def _bucket(length: int, most: int) -> int:
     return min(most, max(SHORTEST, 1 << (length - 1).bit_length()))
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The last tokens of the rows, (B, length), padded on the left, and their mask."""
-    tokens, mask = np.zeros((2, len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        held = row[-length:]
-        tokens[i, length - len(held) :] = held
-        mask[i, length - len(held) :] = 1
-    return tokens, mask
-
-
-def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[list[int], list[int]]]:
+def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     """Row numbers, the longest rows first: those of a batch, and filled up to `size`."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        yield chosen, chosen + chosen[-1:] * (size - len(chosen))
+    return filled(sorted(range(len(lengths)), key=lambda i: -lengths[i]), size)
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -281,9 +269,11 @@ def likelihoods(
     found = [(0.0, True)] * len(rows)
     for chosen, batch in _batches([len(row) for row in rows], engine.batch_size):
         longest = max(len(rows[i]) - 1 for i in batch)
-        tokens, mask = _padded([rows[i][:-1] for i in batch], _bucket(longest, engine.max_length))
+        tokens, mask = left_padded(
+            [rows[i][:-1] for i in batch], _bucket(longest, engine.max_length)
+        )
         ends = _bucket(max(counts[i] for i in batch), engine.max_length)
-        targets, _ = _padded([rows[i] for i in batch], ends)
+        targets, _ = left_padded([rows[i] for i in batch], ends)
         scores, likeliest = map(np.asarray, engine.score(engine.params, tokens, mask, targets))
         for at, i in enumerate(chosen):
             total = scores[at, -counts[i] :].sum(dtype=np.float64)
@@ -416,7 +406,7 @@ def _continue(
     texts = [""] * len(rows)
     for number, (chosen, batch) in enumerate(_batches([*map(len, rows)], engine.batch_size)):
         length = _bucket(max(len(rows[i]) for i in batch), room)
-        tokens, mask = _padded([rows[i] for i in batch], length)
+        tokens, mask = left_padded([rows[i] for i in batch], length)
         out = write(tokens, mask, jax.random.fold_in(key, number))
         new, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
         for at, i in enumerate(chosen):
@@ -440,9 +430,7 @@ def _stop_ids(tokenizer: Tokenizer, ends: tuple[int, ...], until: tuple[str, ...
 def _text(engine: Engine, prompt: list[int], new: list[int], until: tuple[str, ...]) -> str:
     if new and new[-1] in engine.stop_ids:
         new = new[:-1]
-    # Decoded together with its prompt: the first token may carry a space, or half a character.
-    known = engine.tokenizer.decode(prompt)
-    text = engine.tokenizer.decode([*prompt, *new])[len(known) :]
+    text = behind(engine.tokenizer, prompt, new)
     for end in until:
         text = text.split(end)[0] if end else text
     return text

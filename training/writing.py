@@ -1,7 +1,7 @@
 """Continuations of prompts by the adapted model, in batches of few shapes, and their grades."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,33 +102,56 @@ def write(run: Experiment, argument: Any, prompts: Sequence[Opening], how: Writi
     size = min(run.config.data.eval_batch_size, len(rows))
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     new: dict[int, list[int]] = {}
-    for number, start in enumerate(range(0, len(rows), size)):
-        members = order[start : start + size]
-        # A batch that is not full repeats its last row, so that its shape is the others'.
-        batch = [rows[index] for index in members] + [rows[members[-1]]] * (size - len(members))
+    for number, (members, batch) in enumerate(filled(order, size)):
+        length = _length([rows[index] for index in members], run.model.config.max_positions, how)
         key = jax.random.fold_in(jax.random.key(how.seed), number)
-        found = generate(argument, *_padded(batch, run.model.config.max_positions, how), key)
+        found = generate(argument, *left_padded([rows[index] for index in batch], length), key)
         tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)
         for index, ids, count in zip(members, tokens, lengths, strict=False):
             new[index] = ids[:count].tolist()
-    return [_behind(tokenizer, row.tolist(), new[index]) for index, row in enumerate(rows)]
+    return [behind(tokenizer, row, new[index]) for index, row in enumerate(rows)]
 
 
-def _encode(tokenizer: Tokenizer, prompt: Opening) -> np.ndarray:
-    ((ids, _),) = tokenizer.encode_spans([prompt.text], special=not prompt.marked)
-    # A tokenizer that ends every text has ended this one too, which is to go on.
-    if not prompt.marked and ids and ids[-1] == tokenizer.end_id:
-        ids = ids[:-1]
-    return np.asarray(ids, np.int32)
+def filled(order: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Row numbers in batches: those that count, and with the last one repeated up to `size`.
+
+    >>> list(filled([2, 0, 1], 2))
+    [([2, 0], [2, 0]), ([1], [1, 1])]
+    """
+    for start in range(0, len(order), size):
+        members = list(order[start : start + size])
+        yield members, members + members[-1:] * (size - len(members))
 
 
-def _behind(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+def left_padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The last tokens of the rows, int32 (B, length), padded on the left, and their mask.
+
+    >>> [array.tolist() for array in left_padded([[5, 6]], 3)]
+    [[[0, 5, 6]], [[0, 1, 1]]]
+    """
+    tokens, mask = np.zeros((2, len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        held = row[-length:]
+        tokens[i, length - len(held) :] = held
+        mask[i, length - len(held) :] = 1
+    return tokens, mask
+
+
+def behind(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
     """The new text; decoded with its prompt, since its first token may hold half a character."""
     return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
 
 
+def _encode(tokenizer: Tokenizer, prompt: Opening) -> list[int]:
+    ((ids, _),) = tokenizer.encode_spans([prompt.text], special=not prompt.marked)
+    # A tokenizer that ends every text has ended this one too, which is to go on.
+    if not prompt.marked and ids and ids[-1] == tokenizer.end_id:
+        ids = ids[:-1]
+    return ids
+
+
 def _check(
-    rows: Sequence[np.ndarray], prompts: Sequence[Opening], how: Writing, positions: int
+    rows: Sequence[list[int]], prompts: Sequence[Opening], how: Writing, positions: int
 ) -> None:
     for prompt, ids in zip(prompts, rows, strict=True):
         if not len(ids):
@@ -141,14 +164,10 @@ def _check(
             )
 
 
-def _padded(
-    rows: Sequence[np.ndarray], positions: int, how: Writing
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask (B, T), padded on the left to a multiple of STRIDE where there is room."""
+def _length(rows: Sequence[list[int]], positions: int, how: Writing) -> int:
+    """What a batch is padded to: a multiple of STRIDE where there is room."""
     longest = max(map(len, rows))
-    length = min(-(-longest // STRIDE) * STRIDE, positions - how.new_tokens)
-    tokens = np.stack([np.pad(ids, (length - len(ids), 0)) for ids in rows])
-    return tokens, np.stack([np.arange(length) >= length - len(ids) for ids in rows])
+    return min(-(-longest // STRIDE) * STRIDE, positions - how.new_tokens)
 
 
 def _generator(run: Experiment, how: Writing, stop: tuple[int, ...]) -> Any:

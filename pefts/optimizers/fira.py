@@ -75,7 +75,7 @@ def fira(
     Source: Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?,
       arXiv 2410.01623.
     """
-    parts: list[optax.GradientTransformation] = [
+    return subspaces.with_rate(
         scale_by_fira(
             rank=rank,
             update_interval=update_interval,
@@ -88,10 +88,9 @@ def fira(
             axes=axes,
         ),
         correct_bias(),
-    ]
-    if not isinstance(weight_decay, int | float) or weight_decay != 0:
-        parts.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
 
 
 def scale_by_fira(

@@ -70,7 +70,7 @@ def galore(
 
     Source: GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, arXiv 2403.03507.
     """
-    parts: list[optax.GradientTransformation] = [
+    return subspaces.with_rate(
         scale_by_galore(
             rank=rank,
             update_interval=update_interval,
@@ -80,11 +80,10 @@ def galore(
             decomposition=decomposition,
             targets=targets,
             axes=axes,
-        )
-    ]
-    if not isinstance(weight_decay, int | float) or weight_decay != 0:
-        parts.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+        ),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
 
 
 def scale_by_galore(

@@ -106,6 +106,15 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"scale={scale!r}: give a number above 0.")
 
 
+def with_rate(
+    *parts: optax.GradientTransformation, learning_rate: Any, weight_decay: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The parts, decay of every leaf if there is any, and the learning rate."""
+    if not isinstance(weight_decay, int | float) or weight_decay != 0:
+        parts = (*parts, optax.add_decayed_weights(weight_decay))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
 def inner_or_adam(
     inner: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
