@@ -22,7 +22,8 @@ import pefts
 from configs.base import Config
 from data.pipeline import Batches
 from models import sharding
-from training import accumulation, checkpoint, distill, evaluate, experiment, plan, report
+from pefts.zeroth_order import ZerothOrder, engine
+from training import accumulation, checkpoint, distill, evaluate, experiment, plan, report, seeds
 from training.objective import Experiment, Forward
 
 DEFAULT = str(Path(__file__).parent / "configs" / "minilm_stdlib_docs_lora.py")
@@ -45,7 +46,7 @@ class Metrics(NamedTuple):
 
     loss: jax.Array
     penalty: jax.Array  # all that is added to the loss
-    grad_norm: jax.Array
+    grad_norm: jax.Array  # without gradients: an estimate of it, from how steep the values are
     finite: jax.Array
 
 
@@ -57,6 +58,7 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
     forward, peft = distill.watched(run, pefts.apply(run.model.apply)), run.peft
     deterministic = not run.config.train.base_dropout
     parts = run.config.train.accumulate
+    lowered = experiment.lowered(run, tx)
 
     def loss_fn(trainable: Any, state: TrainState, params: Any, batch: Any, part: Any) -> Any:
         peft_state = state.peft_state._replace(trainable=trainable)
@@ -68,12 +70,31 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
             deterministic=deterministic,
             rngs={"dropout": key},
         )
-        loss = run.objective.loss(output, batch)
+        loss = lowered(output, batch)
         penalty = peft.penalty(peft_state, params)
         penalty += distill.loss(run, params, batch, (output, layers))
         return loss + penalty, (loss, penalty)
 
-    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+    def by_values(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        assert isinstance(tx, ZerothOrder)
+
+        def value(trainable: Any) -> jax.Array:
+            def of_part(batch: Any, part: Any) -> Any:
+                return loss_fn(trainable, state, params, batch, part)[0]
+
+            return accumulation.in_parts(of_part, run.objective.weight, parts)(batch)
+
+        trainable, opt_state = tx.step(state.peft_state.trainable, state.opt_state, value)
+        moved = state.peft_state._replace(trainable=trainable)
+        peft_state = peft.update(moved, None, state.step)
+        last = engine.state_of(opt_state).last
+        # Nothing has moved if it is not finite; choosing the old arrays would need both.
+        metrics = Metrics(
+            last.value, jnp.zeros_like(last.value), last.slope, jnp.isfinite(last.value)
+        )
+        return TrainState(state.step + 1, peft_state, opt_state, state.rng), metrics
+
+    def by_gradient(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
         trainable = state.peft_state.trainable
 
         def gradient(batch: Any, part: Any) -> Any:
@@ -90,18 +111,18 @@ def make_step(run: Experiment, tx: optax.GradientTransformation) -> Callable[...
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return kept, Metrics(loss, penalty, grad_norm, finite)
 
-    return step
+    return by_values if isinstance(tx, ZerothOrder) else by_gradient
 
 
 def initial_state(
-    run: Experiment, steps: int, stats: Any
+    run: Experiment, steps: int, stats: Any, epoch_steps: int | None = None
 ) -> tuple[TrainState, optax.GradientTransformation]:
     """The state at step 0 and the optimizer that made it."""
     key = jax.random.key(run.config.seed)
     init_key, dropout_key = jax.random.split(key)
     peft_state = run.peft.init(init_key, run.params, stats)
     restarts = run.peft.traits.restart_steps
-    tx = experiment.optimizer(run.config, peft_state.trainable, steps, restarts)
+    tx = experiment.optimizer(run.config, peft_state.trainable, steps, restarts, epoch_steps)
     opt_state = tx.init(peft_state.trainable)
     return TrainState(
         jnp.zeros((), jnp.int32), peft_state, opt_state, jax.random.key_data(dropout_key)
@@ -121,6 +142,7 @@ class Session(NamedTuple):
     place: Callable[[Any], Any]  # a batch onto the devices
     update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     plan: plan.Plan
+    tx: optax.GradientTransformation
 
 
 def train(config: Config, folder: Path, plan_only: bool = False) -> None:
@@ -144,7 +166,7 @@ def prepare(config: Config) -> Session:
     steps = experiment.total_steps(config, batches)
     first = (batches[n] for n in range(config.calibrate.batches))
     stats = experiment.statistics(run, (sharding.split_batch(mesh, batch) for batch in first))
-    state, tx = initial_state(run, steps, stats)
+    state, tx = initial_state(run, steps, stats, batches.steps_per_epoch)
     state = sharding.replicate(mesh, state)
 
     # One executable per batch length: nothing compiles again after the first batch of its length.
@@ -166,7 +188,7 @@ def prepare(config: Config) -> Session:
     lowered = step_fn.lower(state, run.params, place(batches[longest]))
     compiled[shapes[-1][1]] = lowered.compile()
     the_plan = plan.plan(run.params, state, compiled[shapes[-1][1]], steps)
-    return Session(run, batches, steps, state, place, update, the_plan)
+    return Session(run, batches, steps, state, place, update, the_plan, tx)
 
 
 def loop(session: Session, folder: Path, adapted: Forward) -> TrainState:
@@ -182,11 +204,15 @@ def loop(session: Session, folder: Path, adapted: Forward) -> TrainState:
         report.console.print(f"resuming at step {int(state.step)} of {steps}")
     start = int(state.step)
     log, clock = report.Log(folder, start, run.objective.columns), _Clock()
+    recorder = seeds.Recorder(
+        folder, session.tx, state.peft_state.trainable, state.opt_state, start
+    )
     norms: deque[float] = deque(maxlen=5)
     with report.meter(steps, start) as meter:
         for step in range(start + 1, steps + 1):
             batch = next(source)
             state, metrics = session.update(state, session.place(batch))
+            recorder.add(state.opt_state)
             values = _values(metrics)
             norms.append(values["grad_norm"])
             if not bool(metrics.finite):
@@ -199,6 +225,7 @@ def loop(session: Session, folder: Path, adapted: Forward) -> TrainState:
             log.write(step, values)
             if step == steps or step % config.save_every == 0:
                 log.flush()
+                recorder.write()
                 checkpoint.save(checkpoints, step, state, source.get_state())
     checkpoints.wait_until_finished()
     checkpoints.close()
@@ -216,6 +243,7 @@ def finish(run: Experiment, folder: Path, state: TrainState, adapted: Forward) -
             "checkpoints": folder / "checkpoints",
             "metrics": folder / "metrics.csv",
             "tensorboard": folder / "tensorboard",
+            **seeds.files(folder),
             **written,
         }
     )

@@ -88,6 +88,7 @@ def _shared(config: Config, epochs: float, no_decay: tuple[str, ...]) -> None:
         {
             "name": "adamw",  # or one of pefts.OPTIMIZERS, with its options
             "learning_rate": 1e-3,  # peak
+            "schedule": "cosine",  # behind the warm-up; or "constant", without one
             "warmup": 0.06,  # share of all steps
             "weight_decay": 0.01,
             "clip_norm": 1.0,
@@ -100,6 +101,7 @@ def _shared(config: Config, epochs: float, no_decay: tuple[str, ...]) -> None:
         {
             "epochs": epochs,
             "steps": 0,  # if not 0, instead of epochs
+            "value": "loss",  # what is lowered; without gradients also a score, "error_rate"
             "accumulate": 1,  # parts of a batch, computed one after the other to save memory
             "eval_every": 80,
             "save_every": 50,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pefts import views
+from pefts import deferred, views
 from pefts.linalg import precise
 
 State = Mapping[str, Any]
@@ -158,7 +158,7 @@ def effective_matrix(bound: BoundKernel, ambient: Ambient) -> jax.Array:
     call = ambient.call(bound)
 
     def one(W: jax.Array, p: State) -> jax.Array:
-        return rule.effective(W, p, call)  # type: ignore[misc]
+        return rule.effective(W, deferred.arrays(p), call)  # type: ignore[misc]
 
     for _ in range(views.stacked(axes)):
         one = jax.vmap(one)

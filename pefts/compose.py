@@ -140,7 +140,7 @@ def _combine(
 
     def update(state: PeftState, grads: Any, step: jax.Array) -> PeftState:
         new = {
-            label: member.update(member_state(state, label), grads[label], step)
+            label: member.update(member_state(state, label), grads and grads[label], step)
             for label, member in members.items()
         }
         return joined(new)
@@ -166,9 +166,11 @@ def _combined(traits: list[Traits]) -> Traits:
     return Traits(
         mergeable=all(t.mergeable for t in traits),
         identity_at_init=all(t.identity_at_init for t in traits),
+        decodes=all(t.decodes for t in traits),
         stochastic=any(t.stochastic for t in traits),
         needs=tuple(sorted({need for t in traits for need in t.needs})),
         components=max(t.components for t in traits),
         shapes_from_values=any(t.shapes_from_values for t in traits),
         restart_steps=tuple(sorted({step for t in traits for step in t.restart_steps})),
+        reads_gradients=any(t.reads_gradients for t in traits),
     )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from pefts import paths, targets, views
+from pefts import deferred, paths, targets, views
 from pefts.bound import Ambient, BoundKernel, Rule, effective_kernel, next_owner
 from pefts.targets import Selection, Site
 
@@ -50,6 +50,7 @@ class Traits:
     components: int = 0  # how many of them, where "pca" is among the needs
     shapes_from_values: bool = False  # state shapes depend on the weights: no abstract init
     restart_steps: tuple[int, ...] = ()  # after these updates the optimizer's moments are void
+    reads_gradients: bool = False  # `update` looks at the step's gradients
 
 
 class InitFn(Protocol):
@@ -172,7 +173,8 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
 
     def sites_of(params: Params, state: PeftState) -> tuple[dict[str, Any], list, Ambient]:
         flat, by_site = paths.flatten(params), _by_site(state)
-        ambient = flat.pop(paths.RESERVED, Ambient({}, {})).extended(owner, by_site.pop(SHARED, {}))
+        shared = deferred.arrays(by_site.pop(SHARED, {}))
+        ambient = flat.pop(paths.RESERVED, Ambient({}, {})).extended(owner, shared)
         axes = _site_axes(declaration.selection, flat, by_site)
         bound = [
             BoundKernel(flat[path], site_state, rule, axes[path], path, owner)
@@ -184,7 +186,9 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
         flat, bound, ambient = sites_of(params, state)
         ambient = ambient.with_context(context)
         for kernel in bound:
-            now = rule.eager or kernel.is_vector
+            # What is not there yet is made in its layer, or it would be there for all at once.
+            later = any(map(deferred.is_deferred, kernel.state.values()))
+            now = not later and (rule.eager or kernel.is_vector)
             flat[kernel.path] = _dense_leaf(kernel, ambient) if now else kernel
         return paths.unflatten({**flat, paths.RESERVED: ambient})
 
@@ -200,11 +204,14 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
             dense = {k.path: _dense_leaf(k, ambient) for k in bound}
         return paths.unflatten({**flat, **dense})
 
+    def penalty(state: PeftState, params: Params | None = None) -> jax.Array:
+        return (declaration.penalty or zero_penalty)(deferred.arrays(state), params)
+
     return Peft(
         init,
         bind,
         merge,
-        declaration.penalty or zero_penalty,
+        penalty,
         declaration.update or no_update,
         traits,
         config,

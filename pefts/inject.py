@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from pefts import modules, paths
+from pefts import deferred, modules, paths
 from pefts.bound import Ambient, BoundKernel, effective_kernel
 from pefts.targets import exactly
 
@@ -44,7 +44,7 @@ def apply(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
         kernels = _bound_kernels(params)
         for kernel in kernels.values():
             if kernel.rule.inputs is not None:
-                args, kwargs = kernel.rule.inputs(args, kwargs, kernel.state)
+                args, kwargs = kernel.rule.inputs(args, kwargs, deferred.arrays(kernel.state))
         read: set[str] = set()
         with nn.intercept_methods(_interceptor(ambient, read)):
             out = fn({**variables, "params": params}, *args, **kwargs)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pefts import views
+from pefts import deferred, views
 from pefts.bound import Ambient, BoundKernel, effective_matrix, matmul
 
 Product = Callable[..., jax.Array]
@@ -21,7 +21,9 @@ Product = Callable[..., jax.Array]
 def factored(module: nn.Module, method: str, own: Mapping[str, BoundKernel]) -> Product | None:
     """The product that computes this call on bound kernels, or None: use the effective kernel."""
     name = "embedding" if isinstance(module, nn.Embed) else "kernel"
-    if set(own) == {name} and SUPPORTED.get(type(module), _never)(module):
+    # A leaf that is replaced whole has no matrix form.
+    is_matrix = not any(kernel.is_vector for kernel in own.values())
+    if is_matrix and set(own) == {name} and SUPPORTED.get(type(module), _never)(module):
         product = PRODUCTS.get((type(module), method))
         if product is not None:
             return product
@@ -110,7 +112,7 @@ def multiply(
     if rule.linear is not None and (rule.through_dot or not lookup):
         own_key = jax.random.fold_in(key, kernel.owner) if key is not None else None
         call = ambient.call(kernel, key=own_key, dot=inner, dense=dense)
-        return rule.linear(x, W, kernel.state, call)
+        return rule.linear(x, W, deferred.arrays(kernel.state), call)
     if rule.effective is not None:
         return dot(x, effective_matrix(kernel, ambient))
     return inner(x, W)
@@ -120,7 +122,7 @@ def after(y: jax.Array, kernel: BoundKernel, ambient: Ambient) -> jax.Array:
     """The output hooks of a kernel, innermost first."""
     for layer in reversed(layers(kernel)):
         if layer.rule.output is not None:
-            y = layer.rule.output(y, layer.state, ambient.call(layer))
+            y = layer.rule.output(y, deferred.arrays(layer.state), ambient.call(layer))
     return y
 
 

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from pefts import modules, paths, views
+from pefts import deferred, modules, paths, views
 from pefts.bound import Ambient, BoundKernel, effective_kernel
 from pefts.targets import site_key
 
@@ -106,7 +106,7 @@ def apply(
         kernels = {path: leaf for path, leaf in flat.items() if isinstance(leaf, BoundKernel)}
         for layer in (layer for kernel in kernels.values() for layer in modules.layers(kernel)):
             if layer.rule.inputs is not None:
-                args, kwargs = layer.rule.inputs(args, kwargs, layer.state)
+                args, kwargs = layer.rule.inputs(args, kwargs, deferred.arrays(layer.state))
         if key is not None:
             flat |= {path: _with_key(kernel, key) for path, kernel in kernels.items()}
         session = _Session(ambient, set())

@@ -69,6 +69,11 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
     return jax.numpy.mean(losses * batch["weight"])
 
 
+def error_rate(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The share of a batch's rows whose likeliest class is not their label."""
+    return jax.numpy.mean(logits.argmax(-1) != batch["label"])
+
+
 def weight(batch: Mapping[str, jax.Array]) -> jax.Array:
     """How many rows a batch has."""
     return jax.numpy.asarray(float(batch["label"].shape[0]))
@@ -170,4 +175,5 @@ OBJECTIVE = Objective(
     predict,
     scores,
     finish,
+    {"error_rate": error_rate},
 )

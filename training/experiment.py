@@ -1,7 +1,8 @@
 """From a config to everything a run needs: model, task, batches, method, optimizer."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data.pipeline import Batches
 from data.written import LanguageTask
 from pefts import core, optimizers, targets
 from pefts.optimizers import decay
+from pefts.zeroth_order import ZerothOrder
 from training import checkpoint, classification, language
 from training.objective import Experiment
 
@@ -84,18 +86,20 @@ def total_steps(config: Config, batches: Batches) -> int:
 
 
 def optimizer(
-    config: Config, trainable: Any, steps: int, restart_steps: tuple[int, ...] = ()
+    config: Config,
+    trainable: Any,
+    steps: int,
+    restart_steps: tuple[int, ...] = (),
+    epoch_steps: int | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping, Adam, decay and learning-rate factors by pattern, warm-up and cosine decay.
+    """Clipping, Adam, decay and learning-rate factors by pattern, and a schedule.
 
-    A name other than "adamw" is looked up in pefts.OPTIMIZERS and given the schedule and
-    `optimizer.options`.
+    A name other than "adamw" is looked up in pefts.OPTIMIZERS and given the schedule,
+    `optimizer.options`, and the run's steps and epoch_steps where it asks for them. One that works
+    by values alone gets no clipping in front of it.
     """
     options = config.optimizer
-    warmup = max(1, round(options.warmup * steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, warmup, max(warmup + 1, steps)
-    )
+    schedule = _schedule(options, steps)
     clip = optax.clip_by_global_norm(options.clip_norm)
     if options.name != "adamw":
         if restart_steps:
@@ -104,7 +108,12 @@ def optimizer(
                 f"{restart_steps[0]}; that is built for optimizer.name='adamw', not "
                 f"{options.name!r}."
             )
-        return optax.chain(clip, _named(options.name)(schedule, **plain(options.options)))
+        factory = _named(options.name)
+        known = {"steps": steps, "epoch_steps": epoch_steps or steps}
+        asked = inspect.signature(factory).parameters.keys() & known.keys()
+        facts = {name: known[name] for name in asked}
+        made = factory(schedule, **{**facts, **plain(options.options)})
+        return made if isinstance(made, ZerothOrder) else optax.chain(clip, made)
     factors = _by_pattern(plain(options.factors), trainable)
     return optax.chain(
         clip,
@@ -114,6 +123,46 @@ def optimizer(
         ),
         optax.stateless(lambda updates, _: jax.tree.map(jax.numpy.multiply, updates, factors)),
         optax.scale_by_learning_rate(schedule),
+    )
+
+
+def lowered(run: Experiment, tx: optax.GradientTransformation) -> Callable[..., jax.Array]:
+    """What training lowers: (output of the call, batch) -> scalar.
+
+    Raises:
+      ValueError: train.value is unknown, or has no gradient and the optimizer needs one; a method
+        that looks at gradients, with an optimizer that has none.
+    """
+    by_values, name = isinstance(tx, ZerothOrder), run.config.train.value
+    if by_values and run.peft.traits.reads_gradients:
+        raise ValueError(
+            f"{run.config.method.method} decides by gradients, and optimizer.name="
+            f"{run.config.optimizer.name!r} has none: choose another method or optimizer."
+        )
+    if name == "loss":
+        return run.objective.loss
+    if name not in run.objective.values:
+        known = ["loss", *run.objective.values]
+        raise ValueError(f"train.value={name!r} is unknown for this task; choose one of {known}.")
+    if not by_values:
+        raise ValueError(
+            f"train.value={name!r} has no gradient, which optimizer.name="
+            f"{run.config.optimizer.name!r} needs: choose one that works by values, such as 'mezo'."
+        )
+    return run.objective.values[name]
+
+
+def _schedule(options: Any, steps: int) -> optax.Schedule:
+    warmup = max(1, round(options.warmup * steps))
+    if options.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0, options.learning_rate, warmup, max(warmup + 1, steps)
+        )
+    if options.schedule == "constant":
+        return optax.constant_schedule(options.learning_rate)
+    raise ValueError(
+        f"optimizer.schedule={options.schedule!r} is unknown; choose 'cosine' or 'constant' (which "
+        "has no warm-up)."
     )
 
 

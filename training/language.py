@@ -157,5 +157,6 @@ OBJECTIVE = Objective(
     predict,
     scores,
     finish,
+    {},
     writing.write,
 )

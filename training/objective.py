@@ -64,6 +64,8 @@ class Objective(NamedTuple):
       predict: (experiment, forward, argument, split) -> one number or row for each prediction.
       scores: (experiment, predictions, split) -> `Scores`.
       finish: writes what a finished run leaves beside its adapter.
+      values: what can be lowered instead of the loss by an optimizer that needs no gradients: name
+        -> (output of the call, batch) -> scalar, a mean.
       write: (experiment, argument of the adapted model, prompts, options) -> continuations; None
         where a model writes nothing.
     """
@@ -78,6 +80,7 @@ class Objective(NamedTuple):
     predict: Callable[["Experiment", Forward, Any, str], np.ndarray]
     scores: Callable[["Experiment", np.ndarray, str], Scores]
     finish: Callable[["Experiment", Path, Any, Forward], dict[str, Path]]
+    values: Mapping[str, Callable[[Any, Mapping[str, Any]], jax.Array]]
     write: Callable[["Experiment", Any, Sequence[Opening], Writing], list[str]] | None = None
 
 

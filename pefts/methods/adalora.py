@@ -132,7 +132,7 @@ def adalora(
     return Declaration(
         rule=Rule(_start, _effective, linear, through_dot=True, uses_key=dropout > 0),
         selection=selection(**select),
-        traits=Traits(stochastic=dropout > 0),
+        traits=Traits(stochastic=dropout > 0, reads_gradients=True),
         rank=init_rank,
         alpha=alpha,
         init_shared=functools.partial(_check_budget, schedule),

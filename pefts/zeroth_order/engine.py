@@ -1,0 +1,267 @@
+"""Optimizers that are given values instead of gradients, as optax transformations.
+
+A `ZerothOrder` is an optax transformation whose `update` takes `value_fn`, as optax's line searches
+do, and it can also `step`: the same, on donated parameters in place.
+
+    theta, state = tx.step(theta, state, value_fn)            # memory: that of value_fn alone
+    updates, state = tx.update(None, state, theta, value_fn=value_fn)   # and of one more theta
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pefts.zeroth_order import directions, estimator
+from pefts.zeroth_order.estimator import Estimate, ValueFn
+
+
+class ZerothOrderState(NamedTuple):
+    """What a run has to remember: no array of theta's size.
+
+    Attributes:
+      count: updates so far, skipped ones included.
+      skipped: how many had a value that was not finite, and changed nothing.
+      key: of the run, uint32 (2,).
+      last: the numbers that were the last update: with them and the key it can be made again.
+      about: what the directions read beside theta, such as thresholds.
+    """
+
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  optax's name for it
+    skipped: jax.Array
+    key: jax.Array
+    last: "Record"
+    about: Any
+
+
+class Record(NamedTuple):
+    """One update in numbers.
+
+    Attributes:
+      coefficients: (Q,), what each direction was multiplied by and added with.
+      decay: share of theta that was taken away where it decays.
+      value: L near theta.
+      slope: sqrt(mean_q g_q^2), whose square has the squared length of L's gradient as its mean.
+    """
+
+    coefficients: jax.Array
+    decay: jax.Array
+    value: jax.Array
+    slope: jax.Array
+
+
+class StepFn(Protocol):
+    def __call__(self, theta: Any, state: Any, value_fn: ValueFn) -> tuple[Any, Any]: ...
+
+
+class ZerothOrder(optax.GradientTransformationExtraArgs):
+    """A transformation that needs `value_fn` and no gradients, and can work in place.
+
+    Attributes:
+      step: (theta, state, value_fn) -> theta, state.
+      replay: (theta, count, key, record, about) -> theta, the update that the record speaks of;
+        None where more than a record is needed.
+    """
+
+    step: StepFn
+    replay: Callable[..., Any] | None
+
+    def __new__(
+        cls,
+        init: optax.TransformInitFn,
+        update: optax.TransformUpdateExtraArgsFn,
+        step: StepFn,
+        replay: Callable[..., Any] | None = None,
+    ) -> "ZerothOrder":
+        made = super().__new__(cls, init, update)
+        made.step, made.replay = step, replay
+        return made
+
+
+class Rule(NamedTuple):
+    """What tells one method on this engine from another.
+
+    Attributes:
+      prepare: theta at the start -> what directions read beside it, a tree like it; None: nothing.
+      mask: (one layer's theta, its part of that) -> which entries are moved; None: all.
+      queries: count -> how many of Q are made at this update; None: all.
+      signed: whether only the sign of a slope counts.
+      conservative: whether a step is made only where it lowers the value, or else backwards.
+    """
+
+    prepare: Callable[[Any], Any] | None = None
+    mask: directions.Mask | None = None
+    queries: Callable[[jax.Array], Any] | None = None
+    signed: bool = False
+    conservative: bool = False
+
+
+class Decay(NamedTuple):
+    """Weight decay, and the leaves it spares."""
+
+    rate: Any
+    spared: Callable[[str], bool]
+
+
+def build(
+    learning_rate: Any,
+    how: estimator.Options,
+    rule: Rule = Rule(),
+    decay: Decay | None = None,
+    draw: directions.Draw | None = None,
+) -> ZerothOrder:
+    """theta <- theta - eta (mean_q g_q z_q + lambda theta), from `how` and `rule`.
+
+    Args:
+      learning_rate: eta, a number or an optax schedule.
+      how: the estimator's options.
+      rule: see `Rule`.
+      decay: lambda, coupled to eta; None: none.
+      draw: instead of that of how.distribution.
+    """
+    draw = draw or directions.DRAWS[how.distribution]
+
+    def init(params: Any) -> ZerothOrderState:
+        _check_theta(params)
+        dtype = jnp.result_type(float)
+        record = Record(jnp.zeros((how.queries,), dtype), *(jnp.zeros((), dtype) for _ in range(3)))
+        count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        about = None if rule.prepare is None else rule.prepare(params)
+        return ZerothOrderState(count, skipped, directions.run_key(how.seed), record, about)
+
+    def find(theta: Any, state: Any, value_fn: ValueFn) -> tuple[Record, jax.Array]:
+        direction = directions.Direction(draw, rule.mask, state.about)
+        made = how.queries if rule.queries is None else rule.queries(state.count)
+        found = estimator.estimate(
+            value_fn,
+            theta,
+            directions.fold_in(state.key, state.count),
+            how,
+            direction,
+            None if rule.queries is None else made,
+        )
+        eta = jnp.asarray(_rate(learning_rate, state.count), found.slopes.dtype)
+        slopes = jnp.sign(found.slopes) if rule.signed else found.slopes
+        coefficients = -eta * slopes / jnp.asarray(made, slopes.dtype)
+        if rule.conservative:
+            coefficients *= _better(value_fn, theta, found, coefficients, direction)
+        share = jnp.zeros_like(eta) if decay is None else eta * jnp.asarray(decay.rate, eta.dtype)
+        share = jnp.where(found.finite, share, jnp.zeros_like(share))
+        slope = jnp.sqrt(jnp.sum(found.slopes**2) / jnp.asarray(made, slopes.dtype))
+        return Record(coefficients, share, found.value.astype(eta.dtype), slope), found.finite
+
+    def after(state: Any, record: Record, finite: jax.Array) -> ZerothOrderState:
+        count = optax.safe_increment(state.count)
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        return ZerothOrderState(count, skipped, state.key, record, state.about)
+
+    def keys_of(count: Any, key: jax.Array) -> jax.Array:
+        step_key = directions.fold_in(key, count)
+        return jax.vmap(directions.fold_in, (None, 0))(step_key, jnp.arange(how.queries))
+
+    def replay(theta: Any, count: Any, key: jax.Array, record: Record, about: Any) -> Any:
+        direction = directions.Direction(draw, rule.mask, about)
+        decays = None if decay is None else _decays(theta, decay, record.decay)
+        return directions.move(theta, keys_of(count, key), record.coefficients, direction, decays)
+
+    def step(theta: Any, state: Any, value_fn: ValueFn) -> tuple[Any, ZerothOrderState]:
+        record, finite = find(theta, state, value_fn)
+        return replay(theta, state.count, state.key, record, state.about), after(
+            state, record, finite
+        )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, value_fn: ValueFn, **extra: Any
+    ) -> tuple[Any, ZerothOrderState]:
+        del updates, extra
+        _check_params(params)
+        record, finite = find(params, state, value_fn)
+        direction = directions.Direction(draw, rule.mask, state.about)
+        keys = keys_of(state.count, state.key)
+        steps = directions.total(params, keys, record.coefficients, direction)
+        if decay is not None:
+            steps = jax.tree.map(
+                lambda step, theta, share: step if share is None else step - share * theta,
+                steps,
+                params,
+                _decays(params, decay, record.decay),
+                is_leaf=lambda node: node is None,
+            )
+        steps = jax.tree.map(lambda step, theta: step.astype(theta.dtype), steps, params)
+        return steps, after(state, record, finite)
+
+    return ZerothOrder(init, update, step, replay)
+
+
+def through(
+    inner: optax.GradientTransformation, how: estimator.Options, draw: directions.Draw | None = None
+) -> ZerothOrder:
+    """The mean of g_q z_q as a dense gradient for `inner`: one more theta, and its moments."""
+    inner = optax.with_extra_args_support(inner)
+    pseudo = build(-1.0, how, draw=draw)
+
+    def init(params: Any) -> tuple[Any, Any]:
+        return pseudo.init(params), inner.init(params)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, value_fn: ValueFn, **extra: Any
+    ) -> tuple[Any, Any]:
+        own, others = state
+        gradient, after = pseudo.update(updates, own, params, value_fn=value_fn)
+        new = state_of(after)
+        finite = new.skipped == own.skipped
+        updates, moved = inner.update(gradient, others, params, value_fn=value_fn, **extra)
+        updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
+        moved = jax.tree.map(lambda x, old: jnp.where(finite, x, old), moved, others)
+        return updates, (new, moved)
+
+    def step(theta: Any, state: Any, value_fn: ValueFn) -> tuple[Any, Any]:
+        updates, state = update(None, state, theta, value_fn=value_fn)
+        return optax.apply_updates(theta, updates), state
+
+    return ZerothOrder(init, update, step)
+
+
+def state_of(state: Any) -> ZerothOrderState:
+    """The engine's own part of the state of a `ZerothOrder`."""
+    return state if isinstance(state, ZerothOrderState) else state[0]
+
+
+def _better(
+    value_fn: ValueFn, theta: Any, found: Estimate, coefficients: jax.Array, direction: Any
+) -> jax.Array:
+    """1 for the step, -1 for its opposite, 0 for staying, whichever has the lowest value."""
+
+    def value(scale: jax.Array) -> jax.Array:
+        return value_fn(directions.perturb(theta, found.keys[0], scale, direction))
+
+    sides = jnp.asarray([0.0, 1.0, -1.0], coefficients.dtype)
+    values = jax.lax.map(value, sides * coefficients[0])
+    return sides[jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))]
+
+
+def _rate(learning_rate: Any, count: jax.Array) -> Any:
+    return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def _decays(theta: Any, decay: Decay, share: jax.Array) -> Any:
+    """A tree like theta: the share that is taken away, None where nothing is."""
+    leaves, treedef = jax.tree.flatten(theta)
+    names = [leaf.path for leaf in directions.leaves_of(theta)]
+    shares = [None if decay.spared(name) else share for name in names]
+    return jax.tree.unflatten(treedef, shares) if leaves else theta
+
+
+def _check_theta(theta: Any) -> None:
+    if not any(leaf.index >= 0 for leaf in directions.leaves_of(theta)):
+        raise ValueError("there is no floating leaf to move: give the parameters to train.")
+
+
+def _check_params(params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            "a zeroth-order update is made from the parameters: call "
+            "update(None, state, params, value_fn=...)."
+        )
