@@ -48,6 +48,20 @@ def whole(sites: Sequence[Site]) -> int:
     return sum(int(np.prod(site.shape)) for site in sites)
 
 
+def tensor_train(
+    h: np.ndarray, p: Arrays, activation: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """h + s Up(act(Down(h))), each matrix the whole tensor of its cores."""
+
+    def affine(x: np.ndarray, name: str) -> np.ndarray:
+        tensor, bias = np.ones((1, 1)), p[f"{name}_bias"]
+        for k in range(1, 1 + sum(leaf.startswith(f"{name}_G") for leaf in p)):
+            tensor = np.tensordot(tensor, p[f"{name}_G{k}"], 1)
+        return x @ tensor.reshape(-1, len(bias)) + bias
+
+    return h + p["scale"] * affine(activation(affine(h, "down")), "up")
+
+
 CASES: tuple[Case, ...] = (
     Case(
         "adalora",
@@ -575,6 +589,55 @@ CASES: tuple[Case, ...] = (
             ("random", 1, 5, {"rank": 5, "init": "kaiming"}),
             ("top_k", 1, 12, {}),
         )
+    ),
+    Case(
+        "tensor_train",
+        {"bottleneck": 4, "rank": 3, "scale": 0.5},
+        # 12 = 3 2 2 and 4 = 1 2 2: in Down and in Up, the end cores, the others, and the biases
+        count=lambda sites: sum(
+            slices(s) * (2 * (s.rank * (3 + 2) + s.rank**2 * (2 + 2 + 1 + 2)) + 4 + s.d_out)
+            for s in sites
+        ),
+        output_oracle=lambda y, p, shared: tensor_train(y, p, lambda z: np.maximum(z, 0)),
+        bad=(
+            BadInput({"bottleneck": 0}, "bottleneck=0"),
+            BadInput({"bottleneck": 64}, "bottleneck=64 is wider than the 12 features that"),
+            BadInput({"rank": 0}, "rank=0"),
+            BadInput({"rank": 10_000}, "rank=10000 is out of range"),
+            BadInput({"placement": "both"}, "placement='both'"),
+            BadInput({"activation": "tanh"}, "activation='tanh'"),
+            BadInput({"scale": 0.0}, "scale=0.0"),
+            BadInput({"factors": 0}, "factors=0"),
+            BadInput({"factors": (3, 4, 2, 0)}, r"factors=\(3, 4, 2, 0\)"),
+            BadInput({"factors": (12, 2, 2)}, r"factors=\[12, 2, 2\] are 3, an odd number"),
+            BadInput({"factors": (12, 6)}, "second half multiplies to 6, and bottleneck=4"),
+            BadInput({"factors": (13, 4)}, "first half multiplies to 13, and .* reads 12 features"),
+        ),
+    ),
+    Case(
+        "tensor_train",
+        {
+            "bottleneck": 4,
+            "rank": 2,
+            "placement": "input",
+            "factors": 2,
+            "activation": "swish",
+            "zero_init": True,
+        },
+        # 12 = 4 3 and 4 = 2 2
+        count=lambda sites: sum(
+            slices(s) * (2 * (s.rank * (4 + 2) + s.rank**2 * (3 + 2)) + 4 + s.d_in) for s in sites
+        ),
+        linear_oracle=lambda x, W, p, known: tensor_train(x, p, lambda z: z / (1 + np.exp(-z))) @ W,
+        zero_grad_at_start=(
+            "down_bias",
+            *(f"down_G{k}" for k in range(1, 5)),
+            *(f"up_G{k}" for k in range(1, 4)),
+        ),
+        bad=(
+            BadInput({"factors": (4, 4, 2, 2)}, "multiplies to 16, and .* reads 12 features"),
+            BadInput({"targets": "embed"}, "'embed/embedding' belongs to an embedding"),
+        ),
     ),
     Case(
         "vera",

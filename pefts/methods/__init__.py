@@ -24,6 +24,7 @@ from pefts.methods.sara import sara
 from pefts.methods.sorsa import sorsa
 from pefts.methods.svfit import svfit
 from pefts.methods.svft import svft
+from pefts.methods.tensor_train import tensor_train
 from pefts.methods.vera import vera
 from pefts.methods.welore import welore
 
@@ -54,6 +55,7 @@ METHODS = {
     "sorsa": sorsa,
     "svfit": svfit,
     "svft": svft,
+    "tensor_train": tensor_train,
     "vera": vera,
     "welore": welore,
 }

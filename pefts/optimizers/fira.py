@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pefts.optimizers import limiter
 from pefts.optimizers import projection as subspaces
 from pefts.targets import ALL_LINEAR, Targets
 
 RESIDUALS = ("paper", "code")
-TINY = 1e-8  # the paper's code adds it to what it divides by
 
 
 class FiraState(NamedTuple):
@@ -175,7 +175,7 @@ def scale_by_fira(
             if site is not None:
                 alpha = jnp.asarray(scale, N.dtype)
                 outside = G - subspaces.restore(projector, R * alpha if residual == "code" else R)
-                S, new = _limit(outside * _ratio(projector, N, R), norm, growth)
+                S, new = limiter.limit(outside * _ratio(projector, N, R), norm, growth)
                 N, norm = alpha * subspaces.restore(projector, N) + S, jnp.where(ok, new, norm)
             full.append(N)
             norms.append(norm)
@@ -219,18 +219,7 @@ def correct_bias(b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransforma
 
 def _ratio(projector: subspaces.Projector, N: jax.Array, R: jax.Array) -> jax.Array:
     """phi, one number for every index of the side that is not compressed."""
-    axis = -2 if projector.P is not None else -1
-    ours, theirs = (jnp.linalg.norm(x, axis=axis, keepdims=True) for x in (N, R))
-    return ours / (theirs + TINY)
-
-
-def _limit(S: jax.Array, before: jax.Array, growth: float) -> tuple[jax.Array, jax.Array]:
-    """S, its norm at most `growth` times the one before, and that norm."""
-    norm = jnp.linalg.norm(S, axis=(-2, -1))
-    excess = jnp.maximum(norm / (before + TINY), growth) / growth
-    # NOTE(paper): a first gradient of zero would hold the residual near zero for a thousand steps.
-    excess = jnp.where(before > TINY, excess, jnp.ones_like(excess))
-    return S / excess[..., None, None], norm / excess
+    return limiter.ratio(N, R, axis=-2 if projector.Q is None else -1)
 
 
 def _check(projection: str, growth: float, residual: str) -> None:
@@ -241,5 +230,4 @@ def _check(projection: str, growth: float, residual: str) -> None:
         )
     if residual not in RESIDUALS:
         raise ValueError(f"residual={residual!r} is unknown; choose one of {RESIDUALS}.")
-    if not growth >= 1:
-        raise ValueError(f"growth={growth!r}: give gamma, the largest ratio of norms, from 1.")
+    limiter.check_growth(growth)

@@ -105,6 +105,24 @@ class Decay(NamedTuple):
     spared: Callable[[str], bool]
 
 
+class Engine(NamedTuple):
+    """What `build` was given."""
+
+    learning_rate: Any
+    how: estimator.Options
+    rule: Rule
+    decay: Decay | None
+    draw: directions.Draw
+
+    def direction(self, about: Any) -> directions.Direction:
+        return directions.Direction(self.draw, self.rule.mask, about)
+
+    def keys(self, count: Any, key: jax.Array) -> jax.Array:
+        """Those of the queries of update `count`."""
+        step_key = directions.fold_in(key, count)
+        return jax.vmap(directions.fold_in, (None, 0))(step_key, jnp.arange(self.how.queries))
+
+
 def build(
     learning_rate: Any,
     how: estimator.Options,
@@ -122,77 +140,78 @@ def build(
       draw: instead of that of how.distribution.
     """
     draw = draw or directions.DRAWS[how.distribution]
+    engine = Engine(learning_rate, how, rule, decay, draw)
 
     def init(params: Any) -> ZerothOrderState:
-        _check_theta(params)
-        dtype = jnp.result_type(float)
-        record = Record(jnp.zeros((how.queries,), dtype), *(jnp.zeros((), dtype) for _ in range(3)))
-        count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        about = None if rule.prepare is None else rule.prepare(params)
-        return ZerothOrderState(count, skipped, directions.run_key(how.seed), record, about)
-
-    def find(theta: Any, state: Any, value_fn: ValueFn) -> tuple[Record, jax.Array]:
-        direction = directions.Direction(draw, rule.mask, state.about)
-        made = how.queries if rule.queries is None else rule.queries(state.count)
-        found = estimator.estimate(
-            value_fn,
-            theta,
-            directions.fold_in(state.key, state.count),
-            how,
-            direction,
-            None if rule.queries is None else made,
-        )
-        eta = jnp.asarray(_rate(learning_rate, state.count), found.slopes.dtype)
-        slopes = jnp.sign(found.slopes) if rule.signed else found.slopes
-        coefficients = -eta * slopes / jnp.asarray(made, slopes.dtype)
-        if rule.conservative:
-            coefficients *= _better(value_fn, theta, found, coefficients, direction)
-        share = jnp.zeros_like(eta) if decay is None else eta * jnp.asarray(decay.rate, eta.dtype)
-        share = jnp.where(found.finite, share, jnp.zeros_like(share))
-        slope = jnp.sqrt(jnp.sum(found.slopes**2) / jnp.asarray(made, slopes.dtype))
-        return Record(coefficients, share, found.value.astype(eta.dtype), slope), found.finite
-
-    def after(state: Any, record: Record, finite: jax.Array) -> ZerothOrderState:
-        count = optax.safe_increment(state.count)
-        skipped = state.skipped + (~finite).astype(jnp.int32)
-        return ZerothOrderState(count, skipped, state.key, record, state.about)
-
-    def keys_of(count: Any, key: jax.Array) -> jax.Array:
-        step_key = directions.fold_in(key, count)
-        return jax.vmap(directions.fold_in, (None, 0))(step_key, jnp.arange(how.queries))
+        return _start(engine, params)
 
     def replay(theta: Any, count: Any, key: jax.Array, record: Record, about: Any) -> Any:
-        direction = directions.Direction(draw, rule.mask, about)
         decays = None if decay is None else _decays(theta, decay, record.decay)
-        return directions.move(theta, keys_of(count, key), record.coefficients, direction, decays)
+        keys, direction = engine.keys(count, key), engine.direction(about)
+        return directions.move(theta, keys, record.coefficients, direction, decays)
 
     def step(theta: Any, state: Any, value_fn: ValueFn) -> tuple[Any, ZerothOrderState]:
-        record, finite = find(theta, state, value_fn)
-        return replay(theta, state.count, state.key, record, state.about), after(
-            state, record, finite
-        )
+        record, finite = _find(engine, theta, state, value_fn)
+        moved = replay(theta, state.count, state.key, record, state.about)
+        return moved, _after(state, record, finite)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, value_fn: ValueFn, **extra: Any
     ) -> tuple[Any, ZerothOrderState]:
         del updates, extra
         _check_params(params)
-        record, finite = find(params, state, value_fn)
-        direction = directions.Direction(draw, rule.mask, state.about)
-        keys = keys_of(state.count, state.key)
-        steps = directions.total(params, keys, record.coefficients, direction)
-        if decay is not None:
-            steps = jax.tree.map(
-                lambda step, theta, share: step if share is None else step - share * theta,
-                steps,
-                params,
-                _decays(params, decay, record.decay),
-                is_leaf=lambda node: node is None,
-            )
-        steps = jax.tree.map(lambda step, theta: step.astype(theta.dtype), steps, params)
-        return steps, after(state, record, finite)
+        record, finite = _find(engine, params, state, value_fn)
+        return _updates(engine, params, state, record), _after(state, record, finite)
 
     return ZerothOrder(init, update, step, replay)
+
+
+def _start(engine: Engine, theta: Any) -> ZerothOrderState:
+    _check_theta(theta)
+    how, prepare, dtype = engine.how, engine.rule.prepare, jnp.result_type(float)
+    record = Record(jnp.zeros((how.queries,), dtype), *(jnp.zeros((), dtype) for _ in range(3)))
+    count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    about = None if prepare is None else prepare(theta)
+    return ZerothOrderState(count, skipped, directions.run_key(how.seed), record, about)
+
+
+def _find(engine: Engine, theta: Any, state: Any, value_fn: ValueFn) -> tuple[Record, jax.Array]:
+    """The next update in numbers, and whether every value was finite."""
+    how, rule, decay = engine.how, engine.rule, engine.decay
+    direction, key = engine.direction(state.about), directions.fold_in(state.key, state.count)
+    queries = None if rule.queries is None else rule.queries(state.count)
+    found = estimator.estimate(value_fn, theta, key, how, direction, queries)
+    dtype = found.slopes.dtype
+    eta = jnp.asarray(_rate(engine.learning_rate, state.count), dtype)
+    made = jnp.asarray(how.queries if queries is None else queries, dtype)
+    coefficients = -eta * (jnp.sign(found.slopes) if rule.signed else found.slopes) / made
+    if rule.conservative:
+        coefficients *= _better(value_fn, theta, found, coefficients, direction)
+    share = jnp.zeros_like(eta) if decay is None else eta * jnp.asarray(decay.rate, dtype)
+    share = jnp.where(found.finite, share, jnp.zeros_like(share))
+    slope = jnp.sqrt(jnp.sum(found.slopes**2) / made)
+    return Record(coefficients, share, found.value.astype(dtype), slope), found.finite
+
+
+def _after(state: Any, record: Record, finite: jax.Array) -> ZerothOrderState:
+    skipped = state.skipped + (~finite).astype(jnp.int32)
+    count = optax.safe_increment(state.count)
+    return ZerothOrderState(count, skipped, state.key, record, state.about)
+
+
+def _updates(engine: Engine, theta: Any, state: Any, record: Record) -> Any:
+    """The update as a dense tree, in theta's dtypes."""
+    keys, direction = engine.keys(state.count, state.key), engine.direction(state.about)
+    steps = directions.total(theta, keys, record.coefficients, direction)
+    if engine.decay is not None:
+        steps = jax.tree.map(
+            lambda step, theta, share: step if share is None else step - share * theta,
+            steps,
+            theta,
+            _decays(theta, engine.decay, record.decay),
+            is_leaf=lambda node: node is None,
+        )
+    return jax.tree.map(lambda step, theta: step.astype(theta.dtype), steps, theta)
 
 
 def through(
