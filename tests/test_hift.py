@@ -168,6 +168,14 @@ def test_the_learning_rate_waits_for_the_cycle() -> None:
     np.testing.assert_allclose(rates, [1, 1, 1, 1, 0.75, 0.75, 0.75, 0.75, 0.5])
 
 
+def test_a_schedule_of_all_updates_waits_too() -> None:
+    """Asked for update 0, k, 2k, ...: here k = 4."""
+    schedule = optax.linear_schedule(1.0, 0.0, 16)
+    tx = hift(schedule, group_size=2, inner=optax.identity(), ticks="updates")
+    _, rates = moves(tx, tree_of(0), 9)
+    np.testing.assert_allclose(rates, [1, 1, 1, 1, 0.75, 0.75, 0.75, 0.75, 0.5])
+
+
 def test_the_state_has_the_size_of_the_formula() -> None:
     params = tree_of(0)
     state = jax.eval_shape(hift(0.1, group_size=2).init, params)
@@ -196,6 +204,11 @@ def test_arguments_out_of_range_are_refused(options: dict, message: str) -> None
         hift(0.1, **options).init(tree_of(0))
     with pytest.raises(ValueError, match=message):
         cycle_length(tree_of(0), **options)
+
+
+def test_ticks_are_known() -> None:
+    with pytest.raises(ValueError, match="ticks='epochs' is unknown"):
+        hift(0.1, ticks="epochs")
 
 
 def test_usual_units_may_be_missing_and_others_are_named() -> None:

@@ -95,7 +95,8 @@ def optimizer(
     """Clipping, Adam, decay and learning-rate factors by pattern, and a schedule.
 
     A name other than "adamw" is looked up in pefts.OPTIMIZERS and given the schedule,
-    `optimizer.options`, and the run's steps and epoch_steps where it asks for them. One that works
+    `optimizer.options`, and where it asks for them the run's steps and epoch_steps, and that the
+    schedule's ticks are updates. One that works
     by values alone gets no clipping in front of it.
     """
     options = config.optimizer
@@ -109,10 +110,10 @@ def optimizer(
                 f"{options.name!r}."
             )
         factory = _named(options.name)
-        known = {"steps": steps, "epoch_steps": epoch_steps or steps}
+        known = {"steps": steps, "epoch_steps": epoch_steps or steps, "ticks": "updates"}
         asked = inspect.signature(factory).parameters.keys() & known.keys()
-        facts = {name: known[name] for name in asked}
-        made = factory(schedule, **{**facts, **plain(options.options)})
+        facts = {name: known[name] for name in asked - set(options.options)}
+        made = factory(schedule, **facts, **_built(plain(options.options)))
         return made if isinstance(made, ZerothOrder) else optax.chain(clip, made)
     factors = _by_pattern(plain(options.factors), trainable)
     return optax.chain(
@@ -164,6 +165,21 @@ def _schedule(options: Any, steps: int) -> optax.Schedule:
         f"optimizer.schedule={options.schedule!r} is unknown; choose 'cosine' or 'constant' (which "
         "has no warm-up)."
     )
+
+
+def _built(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with a transformation in the place of the name of one under "inner"."""
+    name = options.get("inner")
+    if not isinstance(name, str):
+        return options
+    known = [n for n in dir(optimizers) + dir(optax) if n.startswith("scale_by_")]
+    if name not in known:
+        near = difflib.get_close_matches(name, known)
+        raise ValueError(
+            f"optimizer.options.inner={name!r} is none of the transformations of optax and pefts "
+            f"that scale updates; near: {near}."
+        )
+    return {**options, "inner": getattr(optimizers, name, getattr(optax, name, None))()}
 
 
 def _named(name: str) -> Any:

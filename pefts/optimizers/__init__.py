@@ -18,14 +18,13 @@ from pefts.optimizers.perp_grad import perp_grad
 from pefts.optimizers.restart import restart_at
 from pefts.optimizers.riemannian import riemannian, scale_by_riemannian
 from pefts.optimizers.transfer import scale_by_width, scale_learning_rate, step_law
-from pefts.zeroth_order import adazeta, deepzero, mezo, sparse_mezo
+from pefts.zeroth_order import adazeta, mezo, sparse_mezo
 
 OPTIMIZERS = {
     "adam8bit": adam8bit,
     "adazeta": adazeta,
     "apollo": apollo,
     "badam": badam,
-    "deepzero": deepzero,
     "fira": fira,
     "frugal": frugal,
     "galore": galore,
@@ -47,7 +46,6 @@ __all__ = [
     "badam",
     "cycle_length",
     "decay_mask",
-    "deepzero",
     "fira",
     "frugal",
     "galore",

@@ -20,6 +20,7 @@ from pefts.optimizers import active
 from pefts.optimizers.active import EMBEDDINGS, HEAD, NORM
 
 ORDERS = ("down2up", "up2down", "random")
+TICKS = ("cycles", "updates")
 
 
 def hift(
@@ -32,10 +33,12 @@ def hift(
     inner: optax.GradientTransformation | None = None,
     weight_decay: Any = 0.0,
     seed: Any = 0,
+    ticks: str = "cycles",
 ) -> optax.GradientTransformationExtraArgs:
     """Hierarchical fine-tuning: one group of m units in each update, one rate for k updates.
 
-    The schedule is asked for ceil(updates / k) values; `cycle_length` gives k.
+    The schedule is asked for ceil(updates / k) values; `cycle_length` gives k. With
+    ticks="updates" it is asked for that of update k (t // k), as one made for all updates expects.
 
     NOTE(paper): the released code counts k = floor(n / m) and takes the units from one endless
       queue, so that where m does not divide n its groups drift and a cycle misses some units; and
@@ -51,6 +54,7 @@ def hift(
       inner: what is run on a unit, with a state for each (None: optax.scale_by_adam()).
       weight_decay: lambda, of what is at work.
       seed: of the random order.
+      ticks: what the schedule counts, "cycles" or "updates".
 
     Returns:
       A transformation, with a `pefts.optimizers.active.ActiveState` and the schedule's. Its update
@@ -58,9 +62,9 @@ def hift(
       static_args=("group_size", "learning_rate"); a schedule it ran itself would not wait.
 
     Raises:
-      ValueError: group_size below 1, an unknown order; at init: group_size above n, unit numbers
-        out of range or twice, a pattern that matches nothing, a leaf in no unit, no layers, stacks
-        of different length.
+      ValueError: group_size below 1, an unknown order or ticks; at init: group_size above n, unit
+        numbers out of range or twice, a pattern that matches nothing, a leaf in no unit, no layers,
+        stacks of different length.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +82,8 @@ def hift(
 
     Source: HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy, arXiv 2401.15207.
     """
+    if ticks not in TICKS:
+        raise ValueError(f"ticks={ticks!r} is unknown; choose one of {TICKS}.")
     policy = _policy(group_size, order, before, after, seed)
     tx = active.scale_by_units(active.decayed(inner, weight_decay), policy)
     if not callable(learning_rate):
@@ -86,7 +92,10 @@ def hift(
     schedule: Callable[[Any], Any] = learning_rate
 
     def rate(cycle: int) -> optax.GradientTransformation:
-        return optax.scale_by_learning_rate(lambda count: schedule(jnp.asarray(count) // cycle))
+        length = cycle if ticks == "updates" else 1
+        return optax.scale_by_learning_rate(
+            lambda count: schedule(jnp.asarray(count) // cycle * length)
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         units = active.arrange(policy, updates).units
