@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pefts import targets
+from pefts import linalg, targets
 from pefts.optimizers.decay import leaf_paths
 from pefts.optimizers.projection import STACKED
 
@@ -252,8 +252,7 @@ def importance(
     before, after, slopes = (_by_path(tree) for tree in (params, probe, gradient(probe)))
 
     def one(path: str) -> jax.Array:
-        wide = jnp.promote_types(slopes[path].dtype, jnp.float32)
-        w0, w1, g1 = (tree[path].astype(wide) for tree in (before, after, slopes))
+        w0, w1, g1 = (linalg.precise(tree[path]) for tree in (before, after, slopes))
         return -jnp.sum(g1 * (w1 - w0), axis=tuple(range(_is_stacked(path), g1.ndim)))
 
     return {path: one(path) for path in before}

@@ -58,7 +58,14 @@ def tiny(name: str, base: Path, decoder_base: Path, text: Path) -> ConfigDict:
 
 
 # What the tiny base is too narrow for, or has no weights below.
-SMALL = {"init_rank": 4, "target_rank": 2, "width": 8, "threshold": 0.01, "rank": 4}
+SMALL = {
+    "init_rank": 4,
+    "target_rank": 2,
+    "width": 8,
+    "bottleneck": 8,
+    "threshold": 0.01,
+    "rank": 4,
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

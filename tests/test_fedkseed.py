@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,10 @@ def same(actual: Any, expected: Any) -> None:
 
 
 @pytest.fixture
-def golden(x64: None) -> Iterator[dict[str, np.ndarray]]:
+def golden(x64: None) -> dict[str, np.ndarray]:
     if not GOLDEN.exists():
         pytest.skip("the authors' numbers are not on this machine")
-    with jax.numpy_dtype_promotion("standard"):  # float64 meets the engine's float32
-        yield dict(np.load(GOLDEN))
+    return dict(np.load(GOLDEN))
 
 
 def given_noise(setup: FedKSeed, theta: Any, noise: dict[str, np.ndarray]) -> FedKSeed:
@@ -155,8 +154,7 @@ def test_a_model_of_low_precision_is_summed_in_float32() -> None:
     theta = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params()["layers"])
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), theta)
     a = np.random.default_rng(0).standard_normal(K)
-    with jax.numpy_dtype_promotion("standard"):
-        low = fed.rebuild(setup_of(), theta, a)
+    low = fed.rebuild(setup_of(), theta, a)
     high = fed.rebuild(setup_of(), wide, a)
     assert low["kernel"].dtype == jnp.bfloat16
     same(low, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), high))

@@ -61,5 +61,5 @@ def test_what_runs_inside_is_named_as_in_optax(language_config: Any) -> None:
     state = tx.init({"kernel": jnp.ones((4, 6))})
     assert sorted(x.shape for x in jax.tree.leaves(state) if x.ndim) == [(2, 6), (4, 2)]
     language_config.optimizer.options.inner = "scale_by_adam8bits"
-    with pytest.raises(ValueError, match="inner='scale_by_adam8bits' is none .*'scale_by_adam8bit',"):
+    with pytest.raises(ValueError, match="scale_by_adam8bits' is none .*'scale_by_adam8bit',"):
         experiment.optimizer(language_config, {"kernel": jnp.ones((4, 6))}, 10)

@@ -179,7 +179,8 @@ def _built(options: dict[str, Any]) -> dict[str, Any]:
             f"optimizer.options.inner={name!r} is none of the transformations of optax and pefts "
             f"that scale updates; near: {near}."
         )
-    return {**options, "inner": getattr(optimizers, name, getattr(optax, name, None))()}
+    source = optimizers if hasattr(optimizers, name) else optax
+    return {**options, "inner": getattr(source, name)()}
 
 
 def _named(name: str) -> Any:
