@@ -4,8 +4,8 @@
     python -m benchmarks.pretraining --base=python_decoder --steps=300
 
 The config python_decoder_pretrain with each optimizer in turn: the same small Llama, batches and
-schedule. State memory is counted in the optimizer's pytree. Of each optimizer's learning rates the
-one with the lowest dev loss after a sixth of the steps is taken. Finished runs are kept in
+schedule. State memory is counted in the optimizer's pytree. Every optimizer is run with each of its
+learning rates, and the run with the lowest dev loss counts. Finished runs are kept in
 runs/pretraining/*.json; the table is printed, the pictures written beside them: the loss against
 steps, and the last loss against state memory.
 """
@@ -90,13 +90,16 @@ def trained(entry: Entry, base: str, steps: int, rate: float, rows: int) -> dict
 
 
 def best(name: str, base: str, steps: int, rows: int) -> dict[str, Any]:
-    """The run at the learning rate that is best after a sixth of the steps."""
-    entry = ENTRIES[name]
-    short = {
-        rate: trained(entry, base, max(2, steps // 6), rate, rows)["dev"] for rate in entry.rates
-    }
-    rate = min(short, key=lambda rate: short[rate])
-    return {"name": name, "steps": steps, **trained(entry, base, steps, rate, rows)}
+    """The best run of an optimizer."""
+    found = []
+    for rate in ENTRIES[name].rates:
+        file = OUT / f"{name.replace(' ', '_').replace(',', '')}_{rate:g}_{steps}.json"
+        if not file.exists():
+            row = {"name": name, **trained(ENTRIES[name], base, steps, rate, rows)}
+            write_atomically(file, json.dumps(row))
+        found.append(json.loads(file.read_text()))
+        print(f"{name} at {rate:g}: dev {found[-1]['dev']:.3f}", flush=True)
+    return min(found, key=lambda row: row["dev"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -144,15 +147,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ENTRIES))
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    done = []
-    for name in arguments.only:
-        file = OUT / f"{name.replace(' ', '_').replace(',', '')}.json"
-        row = json.loads(file.read_text()) if file.exists() else None
-        if row is None or row["steps"] != arguments.steps:
-            row = best(name, arguments.base, arguments.steps, arguments.rows)
-            write_atomically(file, json.dumps(row))
-        print(f"{name}: dev {row['dev']:.3f}", flush=True)
-        done.append(row)
+    done = [best(name, arguments.base, arguments.steps, arguments.rows) for name in arguments.only]
     print(table(done))
     pictures(done)
 

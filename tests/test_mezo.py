@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from pefts import deferred
 from pefts.zeroth_order import adazeta, directions, engine, estimator, mezo, seed_log, sparse_mezo
 from pefts.zeroth_order.adazeta import exponent, schedule
 from pefts.zeroth_order.directions import fold_in, run_key
@@ -266,6 +267,26 @@ def test_nothing_compiles_again() -> None:
     assert counts[0] == 1 and counts[-1] == 3 and counts == sorted(counts)
 
 
+def test_a_random_mask_is_drawn_once() -> None:
+    theta = {"layers": {"kernel": jnp.ones((2, 50, 40))}, "w": jnp.ones((60, 50))}
+
+    def value(theta: Any) -> jax.Array:
+        return jnp.sum(deferred.arrays(theta)["layers"]["kernel"]) + jnp.sum(theta["w"])
+
+    tx = mezo(1e-4, sparsity=0.75)
+    state, start = tx.init(theta), theta
+    step, moved = jax.jit(lambda theta, state: tx.step(theta, state, value)), []
+    for _ in range(3):
+        theta, state = step(theta, state)
+        moved.append(jax.tree.map(lambda a, b: np.asarray(a != b), theta, start))
+    for leaf in ("w", "layers"):
+        first, *later = (np.ravel(jax.tree.leaves(tree[leaf])[0]) for tree in moved)
+        assert abs(first.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / first.size)
+        assert all((first == other).all() for other in later)
+    kernel = moved[0]["layers"]["kernel"]
+    assert (kernel[0] != kernel[1]).any()
+
+
 # ------------------------------------------------------------------------------- sparse-mezo
 
 
@@ -414,6 +435,8 @@ def test_a_log_of_other_noise_is_refused(logged: Any, tmp_path: Path) -> None:
         (lambda: mezo(0.1, rule="conservative", queries=2), "one direction; queries=2"),
         (lambda: mezo(0.1, weight_decay=-1.0), r"weight_decay=-1\.0"),
         (lambda: mezo(0.1, eps=0), "eps=0"),
+        (lambda: mezo(0.1, sparsity=-0.1), r"sparsity=-0\.1"),
+        (lambda: mezo(0.1, sparsity=0.5, rule="adam"), "has no part in rule='adam'"),
         (lambda: sparse_mezo(0.1, sparsity=1.0), r"sparsity=1\.0"),
         (lambda: adazeta(0.1, steps=4, epoch_steps=4), "the run has 1 epochs"),
         (lambda: adazeta(0.1, steps=4, epoch_steps=1, growth=0.0), r"growth=0\.0"),
