@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 ENTRIES = {
-    "Adam": Entry("adamw", {}, (1e-3, 3e-3)),
+    "Adam": Entry("adamw", {}, (5e-4, 1e-3, 3e-3)),
     "8-bit Adam": Entry("adam8bit", {}, (1e-3, 3e-3)),
     "GaLore": Entry("galore", {**LOW_RANK, "scale": 1.0}, (3e-3, 1e-2)),
     "8-bit GaLore": Entry(

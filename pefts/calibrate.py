@@ -8,6 +8,7 @@ statistics, layer axis in front, through nn.scan and nn.remat and with no change
     second_moment   E[x xT] (d_in, d_in) over unmasked rows
     sample_moment   E[X^T X] (d_in, d_in) over examples X (tokens, d_in), each scaled by its maximum
     gradient        dLoss/dW (d_in, d_out), averaged over batches
+    squared_gradient  (dLoss/dW)^2 entry by entry, averaged over batches
     components      the k leading principal directions of the centred inputs (k, d_in)
 
 Kernels that multiply the same input (query, key and value) have one probe for its statistics, and
@@ -25,13 +26,13 @@ import numpy as np
 
 from pefts import paths, shared_inputs
 from pefts.bound import Call, Rule, State
-from pefts.core import Declaration, Params, Peft, PeftState, lift
+from pefts.core import GRADIENTS, Declaration, Params, Peft, PeftState, lift
 from pefts.inject import apply
 from pefts.principal import matmul, merge
 from pefts.targets import Selection, Site, Targets, first, selection
 
-COLLECTIONS = ("gradient", "pca", "sample_moment", "second_moment")
 OF_INPUTS = ("pca", "sample_moment", "second_moment")
+COLLECTIONS = (*GRADIENTS, *OF_INPUTS)
 Stats = dict[str, dict[str, jax.Array]]
 Groups = Mapping[str, Mapping[str, jax.Array]]
 Keep = Callable[[str], bool]
@@ -101,6 +102,8 @@ def calibrate(
           of X^T X, where X (tokens, d_in) was divided by |its largest entry|, with the sign in the
           comparison; by 1 if that is 0. "samples" (), the examples with an unmasked row; "count".
         "gradient": "gradient" (d_in, d_out), the mean over batches of the gradient of `loss`.
+        "squared_gradient": "squared_gradient" (d_in, d_out), the mean over batches of the square of
+          each entry of that gradient; over examples, for batches of one.
         "pca": "components" (k, d_in), orthonormal rows, the largest entry of each positive;
           "explained_variance" (k,), with divisor count - 1; "explained_variance_ratio" (k,), of the
           total variance, the same with either divisor; "cosine" (k,), |cos| between each component
@@ -108,7 +111,7 @@ def calibrate(
           Exact for k = d_in and for data of rank k. A module that runs twice in a batch is refused
           here, and adds up in the others.
       components: k, for "pca".
-      loss: `loss(outputs, batch)`, a scalar, for "gradient".
+      loss: `loss(outputs, batch)`, a scalar, for "gradient" and "squared_gradient".
       weights: `weights(batch)`, or the name of a batch entry: (batch, length), 1 for the rows that
         count and 0 for padding. A site with one row for each example counts the examples that have
         any row. The gradient has no weights but those in `loss`.
@@ -117,11 +120,11 @@ def calibrate(
 
     Returns:
       {site path: {statistic: array}}. Sites with the same input hold the same arrays (`is`), but
-      for "gradient".
+      for the two of gradients.
 
     Raises:
       ValueError: no batches, only padding, no match for targets, embeddings or convolutions among
-        them (unless for "gradient" alone), params of another model, a site that the model never
+        them (unless for gradients alone), params of another model, a site that the model never
         runs as a linear module, activations that are not finite, fewer rows than components,
         weights that fit no rows, a method that needs nothing, or several that do.
 
@@ -134,7 +137,8 @@ def calibrate(
       ((5, 5), 4.0)
 
     Source: the second moments serve CorDA (arXiv 2406.05223; its own are the sample moments), the
-      gradients LoRA-GA (2407.05000) and LoRA-SB (2411.19557), the components EVA (2410.07170).
+      gradients LoRA-GA (2407.05000) and LoRA-SB (2411.19557), their squares SensZOQ (2406.02913),
+      the components EVA (2410.07170).
     """
     request = _request(targets, collect, components, exclude, axes)
     _check_collect(request.collect, request.components, loss, weights)
@@ -253,10 +257,10 @@ def _check_collect(names: tuple[str, ...], components: int | None, loss: Any, we
     unknown = sorted(set(names) - set(COLLECTIONS))
     if unknown or not names:
         raise ValueError(f"collect={names!r}: give one or more of {COLLECTIONS}.")
-    if ("gradient" in names) != (loss is not None):
+    if bool(set(names) & set(GRADIENTS)) != (loss is not None):
         raise ValueError(
             f"collect={names!r} with loss={loss!r}: 'gradient' and loss(outputs, batch) go "
-            "together."
+            "together, and so do 'squared_gradient' and loss."
         )
     if ("pca" in names) != (components is not None):
         raise ValueError(
@@ -274,7 +278,7 @@ def _check_sites(sites: Iterable[Site], collect: tuple[str, ...], components: in
             kind = "an embedding" if site.is_embedding else "a convolution"
             raise ValueError(
                 f"collect: {of_inputs[0]!r} is not defined for {site.path!r}, {kind}: exclude it "
-                '("gradient" alone works there).'
+                '("gradient" and "squared_gradient" work there, by themselves).'
             )
         if components is not None and not 1 <= components <= site.d_in:
             raise ValueError(
@@ -324,8 +328,8 @@ def _shapes(plan: _Plan, site: Site) -> dict[str, tuple[int, ...]]:
     """Of one slice of a site's statistics, each of which is a dummy leaf of its probe."""
     d_in, k = site.d_in, plan.components
     shapes: dict[str, tuple[int, ...]] = {}
-    if "gradient" in plan.collect:
-        shapes["gradient"] = (d_in, site.d_out)
+    for name in set(plan.collect) & set(GRADIENTS):
+        shapes[name] = (d_in, site.d_out)
     if plan.leader[site.path] != site.path or not set(plan.collect) & set(OF_INPUTS):
         return shapes
     shapes |= {"calls": (), "count": ()}
@@ -366,9 +370,14 @@ def _step(plan: _Plan, total: dict[str, Any], params: Params, batch: Any) -> dic
 
 
 def _accumulate(before: State, seen: State) -> dict[str, jax.Array]:
-    """Sums add up; what the probe has merged already replaces, unless the module did not run."""
+    """Sums add up; what the probe has merged already replaces, unless the module did not run.
+
+    A gradient is squared here, where it is the whole batch's: a module may run more than once.
+    """
 
     def one(name: str, x: jax.Array) -> jax.Array:
+        if name == "squared_gradient":
+            return before[name] + x * x
         if name not in MERGED:
             return before[name] + x
         ran = seen["calls"] > 0
@@ -383,6 +392,7 @@ def _accumulate(before: State, seen: State) -> dict[str, jax.Array]:
 def _probe_rule(collect: tuple[str, ...]) -> Rule:
     """A product that changes nothing and whose backward pass measures."""
     of_inputs = bool(set(collect) & set(OF_INPUTS))
+    gradients = sorted(set(collect) & set(GRADIENTS))
 
     def init(key: jax.Array, W: jax.Array, *, site: Site, stats: Any) -> tuple[dict, dict]:
         raise NotImplementedError("the states of a probe are made by calibrate.")
@@ -395,14 +405,17 @@ def _probe_rule(collect: tuple[str, ...]) -> Rule:
             )
         if "count" in p:
             weights = _row_weights(x, call.context.get("weights"), p["path"])
-            dummies = {name: p[name] for name in p if name not in ("path", "so_far", "gradient")}
+            known = ("path", "so_far", *GRADIENTS)
+            dummies = {name: p[name] for name in p if name not in known}
             x = _see_inputs(x, weights, dummies, p["so_far"])
         y = call.dot(x, W)
-        return _see_gradient(y, x, p["gradient"]) if "gradient" in p else y
+        for name in gradients:
+            y = _see_gradient(y, x, p[name])
+        return y
 
     def effective(W: jax.Array, p: State, call: Call) -> jax.Array:
         del call
-        return W + p["gradient"].astype(W.dtype)
+        return functools.reduce(lambda W, name: W + p[name].astype(W.dtype), gradients, W)
 
     return Rule(init, linear=linear, effective=None if of_inputs else effective)
 
@@ -502,7 +515,7 @@ def _check_total(plan: _Plan, total: Mapping[str, Any], used: int) -> None:
     for path, group in total["sites"].items():
         bad = [name for name, value in group.items() if not bool(jnp.all(jnp.isfinite(value)))]
         if bad:
-            what = "gradient" if bad == ["gradient"] else "inputs"
+            what = "gradient" if set(bad) <= set(GRADIENTS) else "inputs"
             raise ValueError(
                 f"the {what} of {path!r} became NaN or infinite (first such site by path): "
                 "check the batches and the dtype there."
@@ -535,9 +548,8 @@ def _check_rows(plan: _Plan, path: str, group: Mapping[str, jax.Array], used: in
 def _results(plan: _Plan, groups: Groups, used: int) -> Stats:
     of_inputs = {path: _of_inputs(group) for path, group in groups.items()}
     stats = {site.path: dict(of_inputs[plan.leader[site.path]]) for site in plan.sites}
-    if "gradient" in plan.collect:
-        for path, group in groups.items():
-            stats[path]["gradient"] = group["gradient"] / used
+    for path, group in groups.items():
+        stats[path] |= {name: group[name] / used for name in GRADIENTS if name in group}
     return stats
 
 

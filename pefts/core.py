@@ -26,6 +26,7 @@ from pefts.targets import Selection, Site
 
 Params = Mapping[str, Any]
 Sites = tuple[Site, ...]
+GRADIENTS = ("gradient", "squared_gradient")  # the statistics that are as large as their kernel
 CONTEXT = "context"  # among a method's needs: arguments of `bind` that depend on the batch
 FULL_PRECISION = functools.partial(jax.default_matmul_precision, "highest")
 SHARED = "shared"  # the key of a state under which lies what belongs to all sites at once
@@ -283,7 +284,7 @@ def _check_stats(traits: Traits, stats: Any, sites: Sites, config: Mapping[str, 
 
 
 def _check_stat(name: str, shape: tuple[int, ...], site: Site) -> None:
-    last = (site.d_out,) if name == "gradient" else (site.d_in,)
+    last = (site.d_out,) if name in GRADIENTS else (site.d_in,)
     rows = shape[-2:-1] if name == "components" else (site.d_in,)
     expected = (*site.stack, *rows, *last)
     if shape != expected:

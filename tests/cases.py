@@ -525,6 +525,22 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
+        "senszoq",
+        {"ratio": 0.05},
+        count=lambda sites: sum(slices(s) * -(-s.d_in * s.d_out // 20) for s in sites),
+        oracle=lambda W, p, shared: np.array(
+            [
+                p["values"][p["indices"] == n].item() if n in p["indices"] else w
+                for n, w in enumerate(W.flat)
+            ]
+        ).reshape(W.shape),
+        bad=(
+            BadInput({"ratio": 0.0}, "ratio=0.0: give a share"),
+            BadInput({"ratio": 1.5}, "ratio=1.5: give a share"),
+            BadInput({"ratio": float("nan")}, "ratio=nan: give a share"),
+        ),
+    ),
+    Case(
         "sorsa",
         {"rank": 3, "alpha": 6.0},
         count=lambda sites: sum(slices(s) * s.rank * (s.d_in + s.d_out + 1) for s in sites),

@@ -477,5 +477,12 @@ REQUIRES: dict[Property, tuple[str, Callable[[Subject], bool]]] = {
 }
 # What compiles much and tells little of a method's second row: it runs on the first one.
 ONCE_A_METHOD: frozenset[Property] = frozenset(
-    {keeps_bfloat16, scanned_equals_unrolled, maps_over_states, shards}
+    {
+        compiles_once,
+        jit_equals_eager,
+        keeps_bfloat16,
+        maps_over_states,
+        scanned_equals_unrolled,
+        shards,
+    }
 )

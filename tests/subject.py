@@ -203,7 +203,7 @@ def calibrated(needs: tuple[str, ...], components: int) -> Any:
         axes=model_axes(True),
         collect=needs,
         components=components or None,
-        loss=_distance if "gradient" in needs else None,
+        loss=_distance if set(needs) & set(core.GRADIENTS) else None,
     )
 
 

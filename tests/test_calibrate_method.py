@@ -4,6 +4,7 @@ import functools
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,10 +72,15 @@ def test_a_method_brings_its_targets_and_its_needs(key: jax.Array) -> None:
     [
         (pefts.corda, "sample_moment", {}),
         (pefts.lora_ga, "gradient", {"loss": mean_loss, "weights": None}),
+        (
+            lambda rank, **where: pefts.senszoq(1 / rank, **where),
+            "squared_gradient",
+            {"loss": mean_loss, "weights": None},
+        ),
     ],
 )
 def test_each_need_is_collected(
-    build: Any, collect: str, options: dict[str, Any], key: jax.Array
+    build: Any, collect: Any, options: dict[str, Any], key: jax.Array
 ) -> None:
     peft = build(rank=2, targets=["up", "query"], axes=axes())
     stats = calibrated(peft, **options)
@@ -131,12 +137,78 @@ def hungry(**traits: Any) -> Peft:
 
 
 def test_a_method_may_need_several_statistics_and_context() -> None:
-    needs = ("second_moment", "gradient", "pca", "context", "sample_moment")
+    needs = ("second_moment", "gradient", "pca", "context", "sample_moment", "squared_gradient")
     stats = calibrated(hungry(needs=needs, components=3), loss=mean_loss)
     assert set(stats) == {"layers/up/kernel"}
     assert set(stats["layers/up/kernel"]) > {
-        "second_moment", "gradient", "components", "sample_moment"
+        "second_moment", "gradient", "components", "sample_moment", "squared_gradient"
     }  # fmt: skip
+
+
+def by_hand(params: Any, batches: list[Any]) -> list[dict[str, np.ndarray]]:
+    """The gradient of each batch."""
+
+    @jax.jit
+    def gradient(params: Any, batch: Any) -> Any:
+        return jax.grad(lambda p: mean_loss(forward({"params": p}, batch), batch))(params)
+
+    return [pefts.paths.flatten(gradient(params, batch)) for batch in batches]
+
+
+def test_squared_gradient_is_the_mean_of_squares_not_the_square_of_the_mean() -> None:
+    options: dict[str, Any] = {"axes": axes(), "loss": mean_loss, "weights": None}
+    alone = calibrated("kernel", collect="squared_gradient", **options)
+    both = calibrated("kernel", collect=("squared_gradient", "gradient"), **options)
+    grads = by_hand(model_params(), [tiny.inputs(seed) for seed in range(2)])
+    assert set(alone) == ATTENTION | MLP | {"classifier/kernel"}
+    for path, found in alone.items():
+        want = np.mean([np.square(grad[path], dtype=np.float64) for grad in grads], axis=0)
+        mean = np.mean([grad[path] for grad in grads], axis=0, dtype=np.float64)
+        want, mean = (value.reshape(both[path]["gradient"].shape) for value in (want, mean))
+        assert set(found) == {"squared_gradient"}
+        for F in (found["squared_gradient"], both[path]["squared_gradient"]):
+            np.testing.assert_allclose(F, want, rtol=1e-4, atol=1e-6 * want.max())
+        np.testing.assert_allclose(both[path]["gradient"], mean, rtol=1e-4, atol=1e-7)
+        assert np.abs(mean**2 - want).max() > 1e-2 * want.max()
+
+
+class Twice(nn.Module):
+    """An embedding, a convolution, and one layer that runs two times."""
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = nn.Conv(5, (3,), name="conv")(nn.Embed(7, 5, name="embed")(ids))
+        dense = nn.Dense(5, name="dense")
+        return dense(jnp.tanh(dense(x)))
+
+
+def test_a_gradient_is_squared_whole(key: jax.Array) -> None:
+    """Of all calls of a module in a batch together; embeddings and convolutions have one too."""
+    ids, model = jnp.arange(10).reshape(2, 5) % 7, Twice()
+    params = jax.jit(model.init)(key, ids)["params"]
+
+    def run(variables: Any, ids: Any) -> Any:
+        return model.apply(variables, ids)
+
+    stats = pefts.calibrate(
+        run, params, [ids], "kernel|embedding", axes={"conv": "kio"},
+        collect="squared_gradient", loss=mean_loss,
+    )  # fmt: skip
+    grad = jax.grad(lambda p: mean_loss(run({"params": p}, ids), ids))(params)
+    want = {path: leaf for path, leaf in pefts.paths.flatten(grad).items() if "bias" not in path}
+    assert stats.keys() == want.keys()
+    for path, leaf in want.items():
+        found = stats[path]["squared_gradient"]
+        np.testing.assert_allclose(found, leaf.reshape(found.shape) ** 2, rtol=1e-4, atol=1e-9)
+
+
+def test_squares_that_overflow_are_the_gradients_fault() -> None:
+    def steep(outputs: jax.Array, batch: Any) -> jax.Array:
+        return 1e25 * mean_loss(outputs, batch)
+
+    for collect in ("squared_gradient", ("gradient", "squared_gradient")):
+        with pytest.raises(ValueError, match="the gradient of 'classifier/kernel' became NaN or"):
+            calibrated("classifier/kernel", collect=collect, axes=axes(), loss=steep, weights=None)
 
 
 TWO = r"['corda', 'eva'] in this chain all start from statistics: calibrate each of them by itself"
@@ -166,6 +238,16 @@ TWO = r"['corda', 'eva'] in this chain all start from statistics: calibrate each
             lambda: pefts.corda(axes=axes()),
             {"loss": mean_loss},
             "'gradient' and loss(outputs, batch)",
+        ),
+        (
+            lambda: hungry(needs=("squared_gradient",)),
+            {},
+            "go together, and so do 'squared_gradient' and loss",
+        ),
+        (
+            lambda: hungry(needs=("squared_gradient",)),
+            {"loss": mean_loss},
+            "weights do not reach a gradient",
         ),
         (
             lambda: hungry(needs=("pca",), components=13),

@@ -59,7 +59,9 @@ def statistics(setting: Setting, peft: pefts.Peft) -> Any:
         setting.params,
         [setting.tokens, setting.tokens[::-1].copy()],
         peft,
-        loss=(lambda losses, _: jnp.mean(losses)) if "gradient" in peft.traits.needs else None,
+        loss=(lambda losses, _: jnp.mean(losses))
+        if set(peft.traits.needs) & set(core.GRADIENTS)
+        else None,
     )
 
 

@@ -55,7 +55,7 @@ def statistics(needs: tuple[str, ...], components: int) -> Any:
         axes=pair.axes,
         collect=needs,
         components=components or None,
-        loss=(lambda hidden, _: jnp.mean(hidden**2)) if "gradient" in needs else None,
+        loss=(lambda hidden, _: jnp.mean(hidden**2)) if set(needs) & set(core.GRADIENTS) else None,
     )
 
 

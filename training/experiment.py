@@ -75,8 +75,8 @@ def statistics(experiment: Experiment, batches: Iterable[Any]) -> Any:
         experiment.params,
         batches,
         experiment.peft,
-        loss=experiment.objective.loss if "gradient" in needs else None,
-        weights="mask" if needs - {"gradient"} else None,
+        loss=experiment.objective.loss if needs & set(core.GRADIENTS) else None,
+        weights="mask" if needs - set(core.GRADIENTS) else None,
     )
 
 

@@ -21,6 +21,7 @@ from pefts.methods.pela import pela
 from pefts.methods.pissa import pissa
 from pefts.methods.prompt import prompt
 from pefts.methods.sara import sara
+from pefts.methods.senszoq import senszoq
 from pefts.methods.sorsa import sorsa
 from pefts.methods.svfit import svfit
 from pefts.methods.svft import svft
@@ -52,6 +53,7 @@ METHODS = {
     "pissa": pissa,
     "prompt": prompt,
     "sara": sara,
+    "senszoq": senszoq,
     "sorsa": sorsa,
     "svfit": svfit,
     "svft": svft,
