@@ -1,11 +1,13 @@
 """Eight CPU devices and JAX at its strictest, for every test."""
 
 import functools
+import json
 import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxlib
 
@@ -23,8 +25,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import tiny_checkpoint  # noqa: E402
 
+import data  # noqa: E402
 from configs.base import Config, decoder_language  # noqa: E402
 from data import stdlib_docs  # noqa: E402
+
+LIBRARY_TASKS = ("docstrings", "python_sources", "stdlib_docs")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -47,6 +52,25 @@ def programs_end_with_their_module() -> Iterator[None]:
     """Each compiled program is a few memory maps: a worker that kept all would run out of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tasks_of_the_library_are_made_once() -> Iterator[None]:
+    """Seconds, for the many tests that build an experiment."""
+    original = data.load
+
+    @functools.cache
+    def kept(name: str, options: str) -> Any:
+        return original(name, **json.loads(options))
+
+    def load(name: str, **options: Any) -> Any:
+        if name not in LIBRARY_TASKS or "root" in options:
+            return original(name, **options)
+        return kept(name, json.dumps(options, sort_keys=True))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", load)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

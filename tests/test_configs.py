@@ -91,7 +91,8 @@ def test_tiny_mode_trains_and_resumes(
     resumed = train_to(2)
     for mine, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    assert [row["loss"] for row in report.read_rows(tmp_path / "metrics.csv")] == losses
+    rows = report.read_rows(tmp_path / "metrics.csv")
+    assert [float(row["loss"]) for row in rows] == losses
     assert checkpoint.manager(tmp_path).latest_step() == 2
 
 
@@ -99,6 +100,7 @@ MADE_UP = [
     name
     for name in CONFIGS
     if importlib.import_module(f"configs.{name}").get_config("tiny").model.source == "tiny-llama"
+    and name != "python_decoder_optimizers"  # the task and model of python_decoder_pretrain
 ]
 
 
