@@ -204,20 +204,36 @@ def test_eval_merged_and_unmerged_agree(config: ConfigDict, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("field", "value", "message"),
     [
-        ("--config.method.method=lorra", "method='lorra' is unknown; near names: ['lora'"),
-        ("--config.method.rank=0", "rank=0"),
-        ("--config.method.rank=25", "rank=25 is out of range"),
-        ("--config.method.targets=querry", "Near names: ['query']"),
-        ("--config.method.ranks=4", "ranks"),
-        ("--config.data.batch_size=9", "batch_size=9 does not divide over 8 devices"),
-        ("--config.model.source=no/such-model", "no/such-model"),
-        ("--config.optimizer.name=adam", "optimizer.name='adam' is unknown"),
-        ("--config.task.name=stdlib", "'stdlib'"),
+        ("method.method", "lorra", r"method='lorra' is unknown; near names: \['lora'"),
+        ("method.rank", 0, "rank=0"),
+        ("method.targets", "querry", r"Near names: \['query'\]"),
+        ("data.batch_size", 9, "batch_size=9 does not divide over 8 devices"),
+        ("model.source", "no/such-model", "no/such-model"),
+        ("optimizer.name", "adam", "optimizer.name='adam' is unknown"),
+        ("task.name", "stdlib", "'stdlib'"),
     ],
 )
 def test_bad_input_is_refused_by_name(
+    config: ConfigDict, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    section, name = field.split(".")
+    config[section][name] = value
+    # What main turns into a message and an exit status.
+    with pytest.raises((ValueError, OSError, ImportError), match=message):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.method.rank=25", "error: rank=25 is out of range"),
+        ("--config.method.ranks=4", "ranks"),
+    ],
+)
+def test_bad_input_ends_the_command_with_its_reason(
     config: ConfigDict, tmp_path: Path, override: str, message: str
 ) -> None:
     done = run(*command(config, tmp_path / "run", override))
