@@ -5,7 +5,7 @@
 FOLDER holds the k-shot samples of LM-BFF, as MeZO uses them (../shared/data/kshot_mezo if it is
 there). MiniLM with a fresh head learns the 16 examples of each class of every sample; its accuracy
 is that of the test split. Rows with gradients take a fifth of the steps. Finished rows are kept in
-runs/kshot/*.json. Learning rates were chosen on the dev split of the first sample.
+runs/kshot/*.json. No learning rate was searched.
 """
 
 import argparse
