@@ -42,6 +42,13 @@ def precise(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
+def precise_floats(tree: Any) -> Any:
+    """The tree with its floating leaves in float32 or better, the others as they are."""
+    return jax.tree.map(
+        lambda leaf: precise(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )
+
+
 def singular_values(W: Any) -> jax.Array:
     """S (..., k) of W (..., d_in, d_out), all of them, descending, without the vectors."""
     return jnp.linalg.svd(_matrix(W, "W"), compute_uv=False)

@@ -110,3 +110,35 @@ def stored(golden: Any, case: str, window: int) -> Projector:
     return Projector(
         columns("ortho", d_in) if left else None, columns("ortho", d_out) if right else None
     )
+
+
+def official_pairs(golden: Any, A: str, B: str, *at: Any) -> dict:
+    """The two pairs of factors of Hugging Face PEFT's optimizers, in Flax's orientation."""
+    return {
+        f"module_{i}/kernel": {
+            name: jnp.asarray(golden[f"{key}_{i}"][at].T) for name, key in (("A", A), ("B", B))
+        }
+        for i in range(2)
+    }
+
+
+def multi_steps_see_the_mean(tx: Any, params: Any, grads: list) -> None:
+    """Inside optax.MultiSteps the transformation is given the mean of two gradients."""
+    end, _, _ = run(optax.MultiSteps(tx, 2).gradient_transformation(), params, grads)
+    means = [
+        jax.tree.map(lambda a, b: (a + b) / 2, *pair)
+        for pair in zip(grads[::2], grads[1::2], strict=True)
+    ]
+    close(end, run(tx, params, means)[0], 1e-5, 1e-6)
+
+
+def scan_is_the_loop(tx: Any, params: Any, grads: list, end: Any) -> None:
+    """Updates inside lax.scan lead where they led one by one."""
+
+    def body(carry: Any, grad: Any) -> tuple[Any, None]:
+        updates, state = tx.update(grad, carry[1])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+    (scanned, _), _ = jax.lax.scan(body, (params, tx.init(params)), stacked)
+    close(scanned, end, 1e-5, 1e-6)

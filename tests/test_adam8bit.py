@@ -10,14 +10,15 @@ import numpy as np
 import optax
 import pytest
 from blockwise_oracle import almost_the_codes, coded, in_numpy, nbytes, normal
-from gradients import close, full_tree, gradients, jitted, near, run, tree_of
+from gradients import close, full_tree, gradients, jitted, near, run, scan_is_the_loop, tree_of
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pefts.optimizers.adam8bit import adam8bit, scale_by_adam8bit
 from pefts.optimizers.blockwise import codebook, dequantize, quantize, quantize_state
-from pefts.optimizers.fira import fira, raw_adam, scale_by_fira
+from pefts.optimizers.fira import fira, scale_by_fira
 from pefts.optimizers.galore import galore, scale_by_galore
+from pefts.optimizers.raw_adam import raw_adam
 
 SMALL = {"min_size": 0, "block_size": 16}
 B1, B2 = 0.9, 0.999
@@ -346,13 +347,7 @@ def test_the_step_compiles_once_and_scans() -> None:
             end = optax.apply_updates(end, updates)
     assert step._cache_size() == 1
 
-    def body(carry, grad):
-        updates, state = tx.update(grad, carry[1])
-        return (optax.apply_updates(carry[0], updates), state), None
-
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
-    (scanned, _), _ = jax.lax.scan(body, (params, tx.init(params)), stacked)
-    close(scanned, end, 1e-5, 1e-6)
+    scan_is_the_loop(tx, params, grads, end)
 
 
 def test_inside_multi_steps_moments_are_encoded_at_updates_only() -> None:

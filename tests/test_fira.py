@@ -12,9 +12,10 @@ import pytest
 from gradients import aligned, close, decaying, gradients, jitted, near, run, stored, tree_of
 
 import pefts
-from pefts.optimizers.fira import correct_bias, fira, raw_adam, scale_by_fira
+from pefts.optimizers.fira import fira, scale_by_fira
 from pefts.optimizers.galore import refresh, scale_by_galore
 from pefts.optimizers.projection import restore
+from pefts.optimizers.raw_adam import correct_bias, raw_adam
 
 GOLDEN = Path(__file__).parents[1] / "../shared/golden/official/fira/golden.npz"
 B1, B2 = 0.9, 0.999

@@ -9,14 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from gradients import close, decaying, full_tree, gradients, jitted, near, run, tree_of
+from gradients import (
+    close,
+    decaying,
+    full_tree,
+    gradients,
+    jitted,
+    multi_steps_see_the_mean,
+    near,
+    run,
+    tree_of,
+)
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pefts
-from pefts.optimizers import coordinates
-from pefts.optimizers.coordinates import BASES, BLOCKS, INDEXED
+from pefts.optimizers import frugal_spaces
 from pefts.optimizers.frugal import frugal, scale_by_frugal
+from pefts.optimizers.frugal_spaces import BASES, BLOCKS, INDEXED
 from pefts.optimizers.galore import scale_by_galore
 from pefts.optimizers.projection import Projector
 from pefts.optimizers.restart import restart_at
@@ -335,14 +345,14 @@ def test_at_density_zero_it_is_sign_descent(kind: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 def test_the_two_parts_are_the_gradient_to_the_bit_and_do_not_meet(kind: str, shape) -> None:
     G = {"layers": {"kernel": jnp.asarray(gradients(4, *shape), jnp.float32)}}
-    options = coordinates.options(0.5, kind, ALL_LINEAR, None)
-    plan = coordinates.plan(options, G)
-    spaces = coordinates.choose(plan, 3, 2, jax.tree.leaves(G))
-    low = coordinates.down(plan, spaces, jax.tree.leaves(G))
-    whole = coordinates.up(plan, spaces, low, low, jax.tree.leaves(G), lambda E: E)
+    options = frugal_spaces.options(0.5, kind, ALL_LINEAR, None)
+    plan = frugal_spaces.plan(options, G)
+    spaces = frugal_spaces.choose(plan, 3, 2, jax.tree.leaves(G))
+    low = frugal_spaces.down(plan, spaces, jax.tree.leaves(G))
+    whole = frugal_spaces.up(plan, spaces, low, low, jax.tree.leaves(G), lambda E: E)
     np.testing.assert_array_equal(whole[0], G["layers"]["kernel"])
     parts = [
-        coordinates.up(plan, spaces, low, N, jax.tree.leaves(G), f)[0]
+        frugal_spaces.up(plan, spaces, low, N, jax.tree.leaves(G), f)[0]
         for N, f in ((low, jnp.zeros_like), ([jnp.zeros_like(low[0])], lambda E: E))
     ]
     np.testing.assert_array_equal(parts[0] + parts[1], G["layers"]["kernel"])
@@ -352,10 +362,10 @@ def test_the_two_parts_are_the_gradient_to_the_bit_and_do_not_meet(kind: str, sh
 @pytest.mark.parametrize("kind", INDEXED)
 def test_index_sets_have_no_duplicates_and_differ(kind: str) -> None:
     tree = {"a": jnp.ones((20, 30)), "b": jnp.ones((20, 30))}
-    plan = coordinates.plan(coordinates.options(0.3, kind, ALL_LINEAR, None), tree)
+    plan = frugal_spaces.plan(frugal_spaces.options(0.3, kind, ALL_LINEAR, None), tree)
 
     def draw(seed: int, window: int) -> list[Array]:
-        return [np.asarray(s) for s in coordinates.choose(plan, seed, window, [tree["a"]] * 2)]
+        return [np.asarray(s) for s in frugal_spaces.choose(plan, seed, window, [tree["a"]] * 2)]
 
     drawn = [leaf for seed in range(2) for window in range(4) for leaf in draw(seed, window)]
     total = {"columns": 20, "rows": 30, "randk": 600, "randperm": 20}[kind]
@@ -476,12 +486,7 @@ def test_singular_vectors_are_kept_where_the_gradient_has_none(poison: float) ->
 def test_inside_multi_steps_it_sees_the_mean_gradient() -> None:
     params, grads = tree_of(2, 6, 9, steps=4)
     tx = frugal(0.1, density=0.5, update_interval=1)
-    end, _, _ = run(optax.MultiSteps(tx, 2).gradient_transformation(), params, grads)
-    means = [
-        jax.tree.map(lambda a, b: (a + b) / 2, *pair)
-        for pair in zip(grads[::2], grads[1::2], strict=True)
-    ]
-    close(end, run(tx, params, means)[0], 1e-5, 1e-6)
+    multi_steps_see_the_mean(tx, params, grads)
 
 
 def test_its_hyperparameters_can_be_injected_and_partitioned() -> None:

@@ -19,6 +19,7 @@ from gradients import (
     jitted,
     near,
     run,
+    scan_is_the_loop,
     sides,
     stored,
     tree_of,
@@ -449,13 +450,7 @@ def test_the_step_compiles_once_and_scans() -> None:
         end = optax.apply_updates(end, updates)
     assert step._cache_size() == 1
 
-    def body(carry, grad):
-        updates, state = tx.update(grad, carry[1])
-        return (optax.apply_updates(carry[0], updates), state), None
-
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
-    (scanned, _), _ = jax.lax.scan(body, (params, tx.init(params)), stacked)
-    close(scanned, end, 1e-5, 1e-6)
+    scan_is_the_loop(tx, params, grads, end)
 
 
 def primitives(jaxpr: Any, inside: tuple = ()) -> Iterator[tuple[str, tuple]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from gradients import close, jitted, near, run
+from gradients import close, jitted, near, official_pairs, run
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,25 +28,15 @@ def golden() -> Any:
     return np.load(GOLDEN)
 
 
-def official(golden: Any, A: str, B: str, *at: Any) -> dict:
-    """Two pairs, in Flax's orientation."""
-    return {
-        f"module_{i}/kernel": {
-            name: jnp.asarray(golden[f"{key}_{i}"][at].T) for name, key in (("A", A), ("B", B))
-        }
-        for i in range(2)
-    }
-
-
 def test_the_official_trajectory(golden: Any, x64: None) -> None:
     lr, decay = float(golden["lr"]), float(golden["weight_decay"])
     assert float(golden["lorafa_eps"]) == 1e-6
     tx = lora_fa(lr, scaling=float(golden["scaling"]))
     ours = lora_fa(lr, scaling=float(golden["scaling"]), weight_decay=decay)
-    start = params = alias = official(golden, "A0", "B0")
+    start = params = alias = official_pairs(golden, "A0", "B0")
     state, alias_state = tx.init(params), ours.init(params)
     for t in range(int(golden["n_steps"])):
-        grads = official(golden, "GA", "GB", t)
+        grads = official_pairs(golden, "GA", "GB", t)
         params, state, _ = run(tx, params, [grads], state)
         alias, alias_state, _ = run(ours, alias, [grads], alias_state)
         for i, (path, pair) in enumerate(params.items()):

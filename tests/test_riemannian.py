@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from gradients import close, jitted, near, run
+from gradients import close, jitted, near, official_pairs, run
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,33 +28,23 @@ def golden() -> Any:
     return np.load(GOLDEN)
 
 
-def official(golden: Any, A: str, B: str, *at: Any) -> dict:
-    """Two pairs, in Flax's orientation."""
-    return {
-        f"module_{i}/kernel": {
-            name: jnp.asarray(golden[f"{key}_{i}"][at].T) for name, key in (("A", A), ("B", B))
-        }
-        for i in range(2)
-    }
-
-
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_the_official_trajectory(kind: str, golden: Any, x64: None) -> None:
     reg, lr = float(golden["riemannian_reg"]), float(golden["lr"])
     decay = float(golden["weight_decay"]) if kind == "adamw" else 0.0
     inner = optax.scale_by_adam() if kind == "adamw" else optax.identity()
     tx = riemannian(lr, reg=reg, inner=inner, weight_decay=decay)
-    params = official(golden, "A0", "B0")
+    params = official_pairs(golden, "A0", "B0")
     state, precondition = tx.init(params), scale_by_riemannian(reg=reg, inner=optax.identity())
     for t in range(int(golden["n_steps"])):
-        grads = official(golden, "GA", "GB", t)
+        grads = official_pairs(golden, "GA", "GB", t)
         if kind == "sgd":
             seen, _ = jitted(precondition.update)(grads, precondition.init(params), params)
             name = "riemannian_sgd__precond_G"
-            close(seen, official(golden, f"{name}A", f"{name}B", t), 1e-11, 1e-12)
+            close(seen, official_pairs(golden, f"{name}A", f"{name}B", t), 1e-11, 1e-12)
         params, state, _ = run(tx, params, [grads], state)
         name = f"riemannian_{kind}__"
-        close(params, official(golden, f"{name}A", f"{name}B", t), 0, 1e-11)
+        close(params, official_pairs(golden, f"{name}A", f"{name}B", t), 0, 1e-11)
 
 
 def factors(layers: int = 2, d_in: int = 7, d_out: int = 5, r: int = 3, seed: int = 0) -> dict:

@@ -293,16 +293,14 @@ def _only(part: _Parts, leaves: Sequence[Any], numbers: Sequence[int]) -> Any:
 def _slice(part: _Parts, leaves: Any, layer: Any) -> Any:
     """One stacked layer, (1, ...) in float32 or better."""
     numbers = part.layout.stacked
-    rows = [_precise(leaves[number].at[layer].get(mode="clip")[None]) for number in numbers]
+    rows = [
+        linalg.precise_floats(leaves[number].at[layer].get(mode="clip")[None]) for number in numbers
+    ]
     return _only(part, rows, numbers)
 
 
 def _unit(part: _Parts, leaves: Any, numbers: Sequence[int]) -> Any:
-    return _only(part, [_precise(leaves[number]) for number in numbers], numbers)
-
-
-def _precise(leaf: Any) -> Any:
-    return linalg.precise(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    return _only(part, [linalg.precise_floats(leaves[number]) for number in numbers], numbers)
 
 
 def _of(part: _Parts, unit: int | None) -> Any:

@@ -26,7 +26,7 @@ import optax
 from pefts import linalg, views
 from pefts.optimizers import limiter
 from pefts.optimizers import projection as subspaces
-from pefts.optimizers.fira import correct_bias, raw_adam
+from pefts.optimizers.raw_adam import correct_bias, raw_adam
 from pefts.targets import ALL_LINEAR, Site, Targets, site_key
 
 SCALE_TYPES = ("channel", "tensor")
@@ -145,7 +145,7 @@ def scale_by_apollo(
     Example:
       >>> import jax.numpy as jnp, optax, pefts
       >>> from pefts.optimizers.apollo import scale_by_apollo
-      >>> from pefts.optimizers.fira import correct_bias, raw_adam
+      >>> from pefts.optimizers.raw_adam import correct_bias, raw_adam
       >>> tx = optax.chain(scale_by_apollo(rank=1, inner=raw_adam(eps=1e-6)), correct_bias())
       >>> moments = tx.init({"kernel": jnp.ones((64, 32))})[0].inner_state
       >>> pefts.count((moments.mu, moments.nu))
@@ -208,7 +208,7 @@ def _small(site: Site) -> int:
 
 def _like(leaf: Any, site: Site | None) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of R, or of a leaf that is not targeted."""
-    dtype = jax.eval_shape(_precise, leaf).dtype
+    dtype = jax.eval_shape(linalg.precise_floats, leaf).dtype
     if site is None:
         return leaf.shape, dtype
     low = (site.rank, site.d_out) if _small(site) == -2 else (site.d_in, site.rank)
@@ -223,11 +223,7 @@ def _projector(key: jax.Array, site: Site, dtype: Any) -> subspaces.Projector:
 
 
 def _matrix(leaf: Any, site: Site | None) -> jax.Array:
-    return _precise(leaf if site is None else views.to_matrix(leaf, site.axes))
-
-
-def _precise(leaf: Any) -> Any:
-    return linalg.precise(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    return linalg.precise_floats(leaf if site is None else views.to_matrix(leaf, site.axes))
 
 
 def _checked(scale: Any, scale_type: str, growth: Any, seed: Any) -> Any:
@@ -236,11 +232,7 @@ def _checked(scale: Any, scale_type: str, growth: Any, seed: Any) -> Any:
         raise ValueError(f"scale_type={scale_type!r} is unknown; choose one of {SCALE_TYPES}.")
     subspaces.check_scale(scale)
     limiter.check_growth(growth)
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise ValueError(
-            f"seed={seed!r}: give an integer from 0 to 2^32 - 1 (and name it in the static_args of "
-            "optax.inject_hyperparams)."
-        )
+    subspaces.check_seed(seed)
     if scale is None:
         return 1.0 if scale_type == "channel" else 128**0.5
     return scale

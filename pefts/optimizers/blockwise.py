@@ -227,7 +227,7 @@ def quantize_state(
     inside = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        state = inside.init(jax.tree.map(_precise, params))
+        state = inside.init(linalg.precise_floats(params))
         leaves, treedef = jax.tree.flatten(state)
         owners = _owners(state, params)
         _check_fields(fields, owners)
@@ -245,9 +245,9 @@ def quantize_state(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         stepped, new = inside.update(
-            jax.tree.map(_precise, updates),
+            linalg.precise_floats(updates),
             jax.tree.map(_decoded, state, is_leaf=_is_quantized),
-            jax.tree.map(_precise, params),
+            linalg.precise_floats(params),
             **extra,
         )
         stepped = jax.tree.map(lambda step, leaf: step.astype(leaf.dtype), stepped, updates)
@@ -372,7 +372,3 @@ def _encoded_like(old: Any, leaf: Any) -> Any:
 
 def _is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _precise(leaf: Any) -> Any:
-    return linalg.precise(leaf) if _is_floating(leaf) else leaf

@@ -18,6 +18,7 @@ import optax
 
 from pefts.optimizers import limiter
 from pefts.optimizers import projection as subspaces
+from pefts.optimizers.raw_adam import correct_bias, raw_adam
 from pefts.targets import ALL_LINEAR, Targets
 
 RESIDUALS = ("paper", "code")
@@ -131,7 +132,8 @@ def scale_by_fira(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from pefts.optimizers.fira import correct_bias, raw_adam, scale_by_fira
+      >>> from pefts.optimizers.fira import scale_by_fira
+      >>> from pefts.optimizers.raw_adam import correct_bias, raw_adam
       >>> tx = optax.chain(scale_by_fira(rank=2, inner=raw_adam(eps=1e-6)), correct_bias())
       >>> updates, _ = tx.update(jnp.eye(4), tx.init(jnp.eye(4)))
 
@@ -188,33 +190,6 @@ def scale_by_fira(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def raw_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's M / (sqrt(V) + eps) without correction of the bias, which `correct_bias` does."""
-
-    def init(params: Any) -> optax.ScaleByAdamState:
-        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
-        return steps, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
-
-    return optax.GradientTransformation(init, update)
-
-
-def correct_bias(b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
-    """Multiply by k_t = sqrt(1 - b2^t) / (1 - b1^t), t the number of this update from 1."""
-
-    def factor(count: Any) -> jax.Array:
-        t = (count + 1).astype(jnp.result_type(float))
-        return jnp.sqrt(1 - b2**t) / (1 - b1**t)
-
-    return optax.scale_by_schedule(factor)
 
 
 def _ratio(projector: subspaces.Projector, N: jax.Array, R: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@
     update = -eta s_p (up(N) + s_i sign(E))
 
 for a kernel's gradient G (d_in, d_out). Every T steps another part is chosen, and `inner` begins
-anew. Which parts there are: pefts.optimizers.coordinates. State with Adam, of a share rho of the
+anew. Which parts there are: pefts.optimizers.frugal_spaces. State with Adam, of a share rho of the
 kernels: 2 rho d_in d_out numbers, and what says which part it is: rho d_in indices ("columns"),
 rho d_out ("rows"), rho d_in d_out ("randk"), rho small ("randperm"), rho small^2 ("random", "svd"),
 or one for each kernel in a pool ("blocks_*").
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from pefts import views
-from pefts.optimizers import coordinates
+from pefts.optimizers import frugal_spaces
 from pefts.optimizers import projection as subspaces
 from pefts.targets import ALL_LINEAR, Targets
 
@@ -125,7 +125,7 @@ def scale_by_frugal(
 
     Args:
       density: rho, the share with a state (paper: 0.25; 0 is signSGD, 1 is Adam that begins anew).
-      projection: what the parts are, one of pefts.optimizers.coordinates.PROJECTIONS: "columns"
+      projection: what the parts are, one of pefts.optimizers.frugal_spaces.PROJECTIONS: "columns"
         (paper: for fine-tuning), rows of a Flax kernel; "rows", its columns; "randk"; "svd";
         "random"; "randperm"; "blocks_descending" (paper: for pre-training), "blocks_ascending",
         "blocks_mirror" or "blocks_random", whole kernels in that order.
@@ -162,16 +162,16 @@ def scale_by_frugal(
     """
     _check(projection, state_free, scales, reset, seed)
     subspaces.check_interval(update_interval)
-    options = coordinates.options(density, projection, targets, axes)
+    options = frugal_spaces.options(density, projection, targets, axes)
     inside = subspaces.inner_or_adam(inner)
 
     def init(params: Any) -> FrugalState:
-        plan, leaves = coordinates.plan(options, params), jax.tree.leaves(params)
+        plan, leaves = frugal_spaces.plan(options, params), jax.tree.leaves(params)
         shapes = [
-            jax.eval_shape(lambda leaf, site=site: coordinates.matrix(leaf, site), leaf)
+            jax.eval_shape(lambda leaf, site=site: frugal_spaces.matrix(leaf, site), leaf)
             for leaf, site in zip(leaves, plan.sites, strict=True)
         ]
-        spaces = coordinates.choose(plan, seed, 0, shapes)
+        spaces = frugal_spaces.choose(plan, seed, 0, shapes)
         return FrugalState(
             jnp.zeros((), jnp.int32),
             jnp.asarray(seed, jnp.uint32),
@@ -184,8 +184,8 @@ def scale_by_frugal(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, FrugalState]:
         del params  # they have other shapes than what `inner` sees
-        plan, leaves = coordinates.plan(options, updates), jax.tree.leaves(updates)
-        matrices = list(map(coordinates.matrix, leaves, plan.sites))
+        plan, leaves = frugal_spaces.plan(options, updates), jax.tree.leaves(updates)
+        matrices = list(map(frugal_spaces.matrix, leaves, plan.sites))
         spaces, inner_state = plan.treedef.flatten_up_to(state.spaces), state.inner_state
         if update_interval is not None:
             renew = functools.partial(_renew, plan, state, matrices, update_interval)
@@ -194,10 +194,10 @@ def scale_by_frugal(
             spaces, inner_state = jax.lax.cond(
                 due, lambda: renew(begin), lambda: (spaces, state.inner_state)
             )
-        low = coordinates.down(plan, spaces, matrices)
+        low = frugal_spaces.down(plan, spaces, matrices)
         N, inner_state = inside.update(plan.treedef.unflatten(low), inner_state, None, **extra)
         rest, rest_state = inside.update(_others(plan, matrices), state.rest_state, None, **extra)
-        full = coordinates.up(
+        full = frugal_spaces.up(
             plan, spaces, low, plan.treedef.flatten_up_to(N), matrices, _free(state_free, scales)
         )
         done = _finish(plan, full, plan.treedef.flatten_up_to(rest), leaves, scales)
@@ -209,27 +209,27 @@ def scale_by_frugal(
 
 
 def _renew(
-    plan: coordinates.Plan,
+    plan: frugal_spaces.Plan,
     state: FrugalState,
     matrices: list[Any],
     update_interval: int,
     begin: Callable[[Any], Any] | None,
-) -> tuple[coordinates.Spaces, Any]:
+) -> tuple[frugal_spaces.Spaces, Any]:
     """The spaces of the window that starts, and the state inside, fresh if there is a `begin`."""
     old = plan.treedef.flatten_up_to(state.spaces)
-    spaces = coordinates.choose(plan, state.seed, state.count // update_interval, matrices, old)
+    spaces = frugal_spaces.choose(plan, state.seed, state.count // update_interval, matrices, old)
     return spaces, begin(_zeros(plan, spaces, matrices)) if begin else state.inner_state
 
 
-def _zeros(plan: coordinates.Plan, spaces: coordinates.Spaces, matrices: list[Any]) -> Any:
+def _zeros(plan: frugal_spaces.Plan, spaces: frugal_spaces.Spaces, matrices: list[Any]) -> Any:
     """A tree like that of the R's, whatever the matrices are."""
-    low = jax.eval_shape(functools.partial(coordinates.down, plan), spaces, matrices)
+    low = jax.eval_shape(functools.partial(frugal_spaces.down, plan), spaces, matrices)
     return plan.treedef.unflatten(
         [jax.tree.map(lambda R: jnp.zeros(R.shape, R.dtype), R) for R in low]
     )
 
 
-def _others(plan: coordinates.Plan, leaves: list[Any]) -> Any:
+def _others(plan: frugal_spaces.Plan, leaves: list[Any]) -> Any:
     """The tree of the leaves that are not targeted."""
     return plan.treedef.unflatten(
         [
@@ -240,7 +240,7 @@ def _others(plan: coordinates.Plan, leaves: list[Any]) -> Any:
 
 
 def _finish(
-    plan: coordinates.Plan, full: list[Any], rest: list[Any], leaves: list[Any], scales: Any
+    plan: frugal_spaces.Plan, full: list[Any], rest: list[Any], leaves: list[Any], scales: Any
 ) -> Any:
     """The tree of updates like the leaves, from s_p times what is targeted, and the rest."""
     done = []
@@ -267,13 +267,9 @@ def _check(projection: str, state_free: str, scales: Any, reset: bool, seed: Any
     for scale in scales:
         if isinstance(scale, int | float) and not 0 <= scale < float("inf"):
             raise ValueError(f"scales={scales!r}: give s_p and s_i of at least 0.")
-    if projection in coordinates.BLOCKS and not reset:
+    if projection in frugal_spaces.BLOCKS and not reset:
         raise ValueError(
             f"reset={reset!r} does not go with projection={projection!r}: the moments of one "
             "kernel say nothing of the next in their place."
         )
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise ValueError(
-            f"seed={seed!r}: give an integer from 0 to 2^32 - 1 (and name it in the static_args of "
-            "optax.inject_hyperparams)."
-        )
+    subspaces.check_seed(seed)

@@ -7,7 +7,6 @@ state: 2 r d_out numbers per kernel with Adam, instead of 2 r (d_in + d_out). In
 XLA drops the gradient of A, unless something in front of this (clipping) reads it.
 """
 
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,19 +15,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pefts import targets
+from pefts import linalg, targets
 from pefts.optimizers import projection as subspaces
-from pefts.optimizers.fira import correct_bias, raw_adam
-from pefts.optimizers.riemannian import (
+from pefts.optimizers.factors import (
     check_damping,
     check_params,
     damped_inverse,
+    einsum,
     factor_pairs,
     like,
-    precise,
 )
-
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+from pefts.optimizers.raw_adam import correct_bias, raw_adam
 
 Scaling = float | Mapping[str, float]
 
@@ -123,16 +120,19 @@ def scale_by_lora_fa(
 
     def init(params: Any) -> Any:
         _scales(scaling, [pair.path for pair in factor_pairs(params)])
-        return inside.init(precise(params))
+        return inside.init(linalg.precise_floats(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         check_params("lora_fa", params)
-        full, (G, treedef) = precise(params), jax.tree.flatten(precise(updates))
+        full, (G, treedef) = (
+            linalg.precise_floats(params),
+            jax.tree.flatten(linalg.precise_floats(updates)),
+        )
         factors, pairs = jax.tree.leaves(full), factor_pairs(updates)
         for pair, s in zip(pairs, _scales(scaling, [p.path for p in pairs]), strict=True):
             A, g = factors[pair.A], G[pair.B]
-            inverse = damped_inverse(_einsum("...ir,...is->...rs", A, A), damping)
-            G[pair.B] = _einsum("...rs,...so->...ro", inverse, g) / jnp.asarray(s, g.dtype) ** 2
+            inverse = damped_inverse(einsum("...ir,...is->...rs", A, A), damping)
+            G[pair.B] = einsum("...rs,...so->...ro", inverse, g) / jnp.asarray(s, g.dtype) ** 2
         stepped, state = inside.update(treedef.unflatten(G), state, full, **extra)
         return like(stepped, updates), state
 

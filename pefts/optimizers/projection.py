@@ -106,6 +106,15 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"scale={scale!r}: give a number above 0.")
 
 
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless it is an integer that fits a key."""
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed={seed!r}: give an integer from 0 to 2^32 - 1 (and name it in the static_args of "
+            "optax.inject_hyperparams)."
+        )
+
+
 def with_rate(
     *parts: optax.GradientTransformation, learning_rate: Any, weight_decay: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -168,7 +177,7 @@ def start(options: Options, tree: Any) -> tuple[Any, Any]:
     for leaf, site in zip(leaves, sites(options, tree), strict=True):
         if site is None:
             projectors.append(optax.MaskedNode())
-            reduced.append(jnp.zeros_like(_precise(leaf)))
+            reduced.append(jnp.zeros_like(linalg.precise_floats(leaf)))
             continue
         dtype = jax.eval_shape(linalg.precise, leaf).dtype
         projectors.append(_random(site, options.projection, dtype))
@@ -196,7 +205,7 @@ def descend(options: Options, gradients: Any, projectors: Any, due: Any) -> Desc
     ]
     new, usable = _refresh_if(due, options, chosen, matrices, old)
     reduced = [
-        _precise(leaf) if site is None else _where(ok, project(projector, G))
+        linalg.precise_floats(leaf) if site is None else _where(ok, project(projector, G))
         for leaf, site, projector, G, ok in zip(leaves, chosen, new, matrices, usable, strict=True)
     ]
     return Descent(leaves, treedef, chosen, matrices, new, usable, treedef.unflatten(reduced))
@@ -320,10 +329,6 @@ def _over_stack(one: Callable[[Any], Any], depth: int) -> Callable[[Any], Any]:
 
 def _where(ok: Any, matrix: jax.Array) -> jax.Array:
     return jnp.where(ok[..., None, None], matrix, jnp.zeros_like(matrix))
-
-
-def _precise(leaf: Any) -> Any:
-    return linalg.precise(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _dtype(projector: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pefts import deferred
+from pefts import deferred, linalg
 from pefts.optimizers.decay import leaf_paths
 from pefts.optimizers.projection import STACKED
 
@@ -63,11 +63,6 @@ class Leaf(NamedTuple):
     path: str
     index: int  # among the floating leaves, by path; -1: not one of them
     stacked: bool  # its first axis is that of scanned layers
-
-
-def wide_of(dtype: Any) -> Any:
-    """float32, or float64 where it is that already."""
-    return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
 def run_key(seed: int) -> jax.Array:
@@ -140,8 +135,8 @@ class _Moved(NamedTuple):
 
     def __call__(self, value: Any, key: Any, scale: Any, about: Any) -> jax.Array:
         z = _noise(self.direction, self.path, value, key, about)
-        wide = wide_of(value.dtype)
-        return (value.astype(wide) + scale.astype(wide) * z.astype(wide)).astype(value.dtype)
+        wide = linalg.precise(value)
+        return (wide + scale.astype(wide.dtype) * z.astype(wide.dtype)).astype(value.dtype)
 
 
 def _noise(direction: Direction, path: str, value: Any, key: Any, about: Any) -> jax.Array:
@@ -237,18 +232,16 @@ def _sum(
     about: Any,
 ) -> jax.Array:
     """sum_n c_n z(key_n) of one layer."""
-    wide = wide_of(part.dtype)
+    zero = jnp.zeros_like(linalg.precise(part))
 
     def term(n: Any) -> jax.Array:
         own = fold_in(keys[n], leaf.index)
         own = own if layer is None else fold_in(own, layer)
-        return coefficients[n].astype(wide) * _noise(direction, leaf.path, part, own, about).astype(
-            wide
-        )
+        z = _noise(direction, leaf.path, part, own, about).astype(zero.dtype)
+        return coefficients[n].astype(zero.dtype) * z
 
     if keys.shape[0] == 1:
         return term(0)
-    zero = jnp.zeros(part.shape, wide)
     return jax.lax.fori_loop(0, keys.shape[0], lambda n, sum: sum + term(n), zero)
 
 

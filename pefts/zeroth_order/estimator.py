@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 
+from pefts import linalg
 from pefts.zeroth_order import directions
 from pefts.zeroth_order.directions import DRAWS, Direction
 
@@ -198,4 +199,4 @@ def _scalar(given: Any) -> jax.Array:
             "as the mean loss of the batch, or -accuracy."
         )
     # The difference of two bfloat16 losses that are nearly equal is rounding alone.
-    return value.astype(directions.wide_of(value.dtype))
+    return linalg.precise(value)

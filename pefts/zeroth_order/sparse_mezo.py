@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from pefts import linalg
 from pefts.zeroth_order import directions, engine, estimator
 from pefts.zeroth_order.engine import Rule, ZerothOrder
 from pefts.zeroth_order.estimator import Sampling
@@ -72,7 +73,7 @@ def thresholds(theta: Any, share: float) -> Any:
     """The quantile of |theta| in each leaf, or in each layer of a stacked one: (L,) or ()."""
 
     def one(leaf: directions.Leaf, value: jax.Array) -> jax.Array:
-        size = jnp.abs(value.astype(directions.wide_of(value.dtype)))
+        size = jnp.abs(linalg.precise(value))
         rows = size.reshape(value.shape[0], -1) if leaf.stacked else size.reshape(1, -1)
         found = jnp.stack([_quantile(row, share) for row in rows])
         return found if leaf.stacked else found[0]

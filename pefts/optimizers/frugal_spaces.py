@@ -104,19 +104,16 @@ def plan(options: Options, tree: Any) -> Plan:
     active = round(len(order) * options.density)
     if order:
         _check_blocks(options, len(order), active)
-    dtypes = [str(jax.eval_shape(precise, leaf).dtype) for leaf in jax.tree.leaves(tree)]
+    dtypes = [
+        str(jax.eval_shape(linalg.precise_floats, leaf).dtype) for leaf in jax.tree.leaves(tree)
+    ]
     pools = _pools(options, sites, dtypes, order, active)
     return Plan(kind, treedef, sites, [0] * len(sites), pools, active)
 
 
 def matrix(leaf: Any, site: Site | None) -> jax.Array:
     """The leaf in float32 or better, (*stack, d_in, d_out) where there is a site."""
-    return precise(leaf if site is None else views.to_matrix(leaf, site.axes))
-
-
-def precise(leaf: Any) -> Any:
-    """The leaf in float32 or better, or as it is if it does not float."""
-    return linalg.precise(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    return linalg.precise_floats(leaf if site is None else views.to_matrix(leaf, site.axes))
 
 
 def choose(
