@@ -66,6 +66,9 @@ class Rule(NamedTuple):
     effective: Callable[[Any, State, Call], jax.Array] | None = None  # (W, p, call) -> W'
     linear: Callable[[Any, Any, State, Call], jax.Array] | None = None  # (x, W, p, call) -> y
     output: Callable[[jax.Array, State, Call], jax.Array] | None = None  # (y + bias, p, call) -> y'
+    # (W, b (d_out,), p, call) -> b', the bias beside a merged kernel; None: merging leaves it alone
+    bias: Callable[[Any, jax.Array, State, Call], jax.Array] | None = None
+    needs_bias: bool = False  # merging moves something into the bias, so there has to be one
     inputs: Callable[[tuple, dict, State], tuple[tuple, dict]] | None = (
         None  # the model's arguments
     )
@@ -160,9 +163,26 @@ def effective_matrix(bound: BoundKernel, ambient: Ambient) -> jax.Array:
     def one(W: jax.Array, p: State) -> jax.Array:
         return rule.effective(W, deferred.arrays(p), call)  # type: ignore[misc]
 
+    return _over_layers(one, axes)(matrix, bound.state)
+
+
+def _over_layers(one: Callable[..., jax.Array], axes: str) -> Callable[..., jax.Array]:
     for _ in range(views.stacked(axes)):
         one = jax.vmap(one)
-    return one(matrix, bound.state)
+    return one
+
+
+def merged_bias(bound: BoundKernel, bias: jax.Array, ambient: Ambient) -> jax.Array:
+    """The bias beside a merged kernel, in its own shape and dtype."""
+    axes, call = bound.local_axes, ambient.call(bound)
+    stack = bias.shape[: views.stacked(axes)]
+
+    def one(W: jax.Array, b: jax.Array, p: State) -> jax.Array:
+        return bound.rule.bias(W, b, deferred.arrays(p), call)  # type: ignore[misc]
+
+    W = precise(views.to_matrix(bound.base, axes))
+    merged = _over_layers(one, axes)(W, precise(bias).reshape(*stack, -1), bound.state)
+    return merged.reshape(bias.shape).astype(bias.dtype)
 
 
 def effective_kernel(bound: BoundKernel, ambient: Ambient) -> jax.Array:

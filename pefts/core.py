@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from pefts import deferred, paths, targets, views
-from pefts.bound import Ambient, BoundKernel, Rule, effective_kernel, next_owner
+from pefts.bound import (
+    Ambient,
+    BoundKernel,
+    Rule,
+    effective_kernel,
+    merged_bias,
+    next_owner,
+)
 from pefts.targets import Selection, Site
 
 Params = Mapping[str, Any]
@@ -203,7 +210,8 @@ def lift(declaration: Declaration, config: Mapping[str, Any]) -> Peft:
         flat, bound, ambient = sites_of(params, state)
         with FULL_PRECISION():
             dense = {k.path: _dense_leaf(k, ambient) for k in bound}
-        return paths.unflatten({**flat, **dense})
+            biases = _merged_biases(flat, bound, ambient)
+        return paths.unflatten({**flat, **dense, **biases})
 
     def penalty(state: PeftState, params: Params | None = None) -> jax.Array:
         return (declaration.penalty or zero_penalty)(deferred.arrays(state), params)
@@ -380,6 +388,23 @@ def _dense_leaf(kernel: BoundKernel, ambient: Ambient) -> jax.Array:
             "before the other methods in pefts.chain, or give it other targets."
         )
     return effective_kernel(kernel, ambient)
+
+
+def _merged_biases(
+    flat: Mapping[str, Any], bound: list[BoundKernel], ambient: Ambient
+) -> dict[str, jax.Array]:
+    """The biases that change where their kernels are merged."""
+    merged = {}
+    for kernel in bound:
+        path = paths.join(*kernel.path.split("/")[:-1], "bias")
+        if kernel.rule.bias is not None and path in flat:
+            merged[path] = merged_bias(kernel, flat[path], ambient)
+        elif kernel.rule.needs_bias:
+            raise ValueError(
+                f"the method on {kernel.path!r} moves a part of itself into the bias {path!r}, "
+                "which these parameters lack: run it unmerged, or target layers with a bias."
+            )
+    return merged
 
 
 def _without_empty(groups: dict[str, Any]) -> dict[str, Any]:
