@@ -6,7 +6,7 @@ from typing import Any
 from pefts.calibrate import calibrate
 from pefts.compose import chain, partition
 from pefts.convert import to_lora
-from pefts.core import Peft, PeftState, Traits, count, randomize, stack
+from pefts.core import Peft, PeftState, Traits, count, randomize
 from pefts.hf_format import export_hf, import_hf
 from pefts.inject import apply, infer_axes
 from pefts.io import load, save
@@ -14,6 +14,7 @@ from pefts.methods import *  # every method by name: pefts.lora, ...
 from pefts.methods import METHODS
 from pefts.optimizers import OPTIMIZERS
 from pefts.registry import from_config
+from pefts.stacking import per_example, stack, unstack
 
 __version__ = "0.1.0"
 
@@ -33,10 +34,12 @@ __all__ = [
     "infer_axes",
     "load",
     "partition",
+    "per_example",
     "randomize",
     "save",
     "stack",
     "to_lora",
+    "unstack",
     *METHODS,
 ]
 

@@ -19,6 +19,7 @@ from pefts import deferred, views
 from pefts.linalg import precise
 
 State = Mapping[str, Any]
+ADAPTED = "adapted"  # in the context: a boolean scalar, false where the base is to run as it is
 _owners = itertools.count()
 
 
@@ -41,6 +42,11 @@ def _only_arrays(W: Any) -> jax.Array:
     return W
 
 
+def _only_beside_attention(*tensors: Any) -> Any:
+    del tensors
+    raise TypeError("call.attention and call.project are there for Rule.attend alone.")
+
+
 class Call(NamedTuple):
     """What a rule may use besides its own state, at one call of one module."""
 
@@ -53,13 +59,17 @@ class Call(NamedTuple):
     dense: Callable[[Any], jax.Array] = (
         _only_arrays  # W, which may be bound itself -> its dense matrix
     )
+    # In `Rule.attend`: the layer's attention (q, k, v, mask) -> y without any method around it, and
+    # x (n, d_in) -> what its projections of keys and of values make of x, (n, kv) each
+    attention: Callable[..., jax.Array] = _only_beside_attention
+    project: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = _only_beside_attention
 
 
 class Rule(NamedTuple):
     """The mathematics of one kernel W (d_in, d_out); p is its state, trainable and frozen together.
 
-    At least one of `effective`, `linear` and `output` exists; where `effective` and `linear` both
-    do, they agree.
+    At least one of `effective`, `linear`, `output` and `attend` exists; where `effective` and
+    `linear` both do, they agree.
     """
 
     init: Callable[..., tuple[dict, dict]]  # (key, W, *, site, stats) -> trainable, frozen
@@ -70,8 +80,11 @@ class Rule(NamedTuple):
     bias: Callable[[Any, jax.Array, State, Call], jax.Array] | None = None
     needs_bias: bool = False  # merging moves something into the bias, so there has to be one
     inputs: Callable[[tuple, dict, State], tuple[tuple, dict]] | None = (
-        None  # the model's arguments
+        None  # the model's arguments, once for all sites
     )
+    # (attend, q, k, v, mask, p, call) -> y: around the attention whose values this kernel makes, as
+    # pefts.attention finds it; attend(q, k, v, mask) is what stands there without this method
+    attend: Callable[..., jax.Array] | None = None
     # (p, call) -> A (d_in, m), B (m, d_out) where W' = W + A B: see pefts.low_rank
     factors: Callable[[State, Call], tuple[jax.Array, jax.Array]] | None = None
     through_dot: bool = (
@@ -145,6 +158,13 @@ class Ambient:
     def with_context(self, context: Mapping[str, Any]) -> "Ambient":
         return Ambient(self.shared, {**self.context, **context})
 
+    def chosen(self, adapted: jax.Array, base: Callable[[], jax.Array]) -> jax.Array:
+        """What a method made, or what stands there without it, as the context says."""
+        if ADAPTED not in self.context:
+            return adapted
+        # Most methods compute the base's product too, and XLA computes equal products once.
+        return jnp.where(self.context[ADAPTED], adapted, base().astype(adapted.dtype))
+
     def call(self, bound: BoundKernel, **kwargs: Any) -> Call:
         return Call(shared=self.shared.get(bound.owner, {}), context=self.context, **kwargs)
 
@@ -161,7 +181,8 @@ def effective_matrix(bound: BoundKernel, ambient: Ambient) -> jax.Array:
     call = ambient.call(bound)
 
     def one(W: jax.Array, p: State) -> jax.Array:
-        return rule.effective(W, deferred.arrays(p), call)  # type: ignore[misc]
+        made = rule.effective(W, deferred.arrays(p), call)  # type: ignore[misc]
+        return ambient.chosen(made, lambda: W)
 
     return _over_layers(one, axes)(matrix, bound.state)
 

@@ -125,7 +125,8 @@ def _combine(
 
     def merge(params: Params, state: PeftState) -> dict[str, Any]:
         for label, member in members.items():
-            dense = member.merge(part(params, label), member_state(state, label))
+            own = member_state(state, label)
+            dense = member.merge(_with_biases(part(params, label), params, own), own)
             params = paths.replace(params, paths.flatten(dense))
         return dict(params)
 
@@ -147,6 +148,13 @@ def _combine(
 
     traits = [member.traits for member in members.values()]
     return Peft(init, bind, merge, penalty, update, _combined(traits), config)
+
+
+def _with_biases(part: Params, params: Params, state: PeftState) -> Params:
+    """A part of the parameters, and the biases beside the kernels that its method adapts."""
+    flat, sites = paths.flatten(params), {*state.trainable, *state.frozen}
+    beside = [paths.join(*site.split("/")[:-1], "bias") for site in sites]
+    return paths.replace(part, {path: flat[path] for path in beside if path in flat})
 
 
 def member_state(state: PeftState, label: str) -> PeftState:

@@ -243,24 +243,6 @@ def randomize(key: jax.Array, state: PeftState, scale: float = 0.1) -> PeftState
     return state._replace(trainable=jax.tree.unflatten(treedef, moved))
 
 
-def stack(states: list[PeftState]) -> PeftState:
-    """K states of one structure as one with a leading axis K on every leaf, for jax.vmap.
-
-    Raises:
-      ValueError: the states differ in structure or in a leaf's shape.
-    """
-    if not states:
-        raise ValueError("pefts.stack needs at least one state; it was given none.")
-    shapes = [jax.tree.map(jnp.shape, state) for state in states]
-    for index, other in enumerate(shapes[1:], start=1):
-        if other != shapes[0]:
-            raise ValueError(
-                f"states[{index}] has another structure or other shapes than states[0]; stack only "
-                "states that one method made with the same ranks and targets."
-            )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-
-
 def _check_patterns(declaration: Declaration, method: str) -> None:
     select = declaration.selection
     for argument, given, known in (

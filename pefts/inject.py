@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from pefts import deferred, modules, paths
+from pefts import attention, modules, paths
 from pefts.bound import Ambient, BoundKernel, effective_kernel
 from pefts.targets import exactly
 
@@ -27,7 +27,8 @@ def apply(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
       strict: refuse a call in which some bound kernel is never read.
 
     Raises:
-      ValueError: params without bound kernels, or (strict) a bound kernel that no module reads.
+      ValueError: params without bound kernels, or (strict) a bound kernel that no module reads, or
+        whose method acts on an attention (pefts.attention) that the model does not call.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, pefts
@@ -42,14 +43,16 @@ def apply(fn: Callable[..., Any], *, strict: bool = True) -> Callable[..., Any]:
     def adapted(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         params, ambient = _open(variables["params"])
         kernels = _bound_kernels(params)
-        for kernel in kernels.values():
-            if kernel.rule.inputs is not None:
-                args, kwargs = kernel.rule.inputs(args, kwargs, deferred.arrays(kernel.state))
+        args, kwargs = modules.with_inputs(kernels.values(), ambient, args, kwargs)
         read: set[str] = set()
-        with nn.intercept_methods(_interceptor(ambient, read)):
+        reached: attention.Reached | None = (
+            {} if any(kernel.rule.attend for kernel in kernels.values()) else None
+        )
+        with nn.intercept_methods(_interceptor(ambient, read, reached)):
             out = fn({**variables, "params": params}, *args, **kwargs)
         if strict:
             _check_read(kernels, read)
+            attention.check_reached(kernels.values(), reached or {})
         return out
 
     return adapted
@@ -85,11 +88,15 @@ def _check_read(kernels: Mapping[str, BoundKernel], read: set[str]) -> None:
         )
 
 
-def _interceptor(ambient: Ambient, read: set[str]) -> Callable[..., Any]:
+def _interceptor(
+    ambient: Ambient, read: set[str], reached: attention.Reached | None
+) -> Callable[..., Any]:
     def intercept(
         next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
+        if reached is not None and attention.is_attention(module, context.method_name):
+            next_fun = attention.hooked(next_fun, module, ambient, reached)
         own = _own_bound(module)
         if not own or context.method_name == "setup":
             return next_fun(*args, **kwargs)

@@ -5,7 +5,8 @@ axes. `call.dot` is the module's own product, so a low-rank factor A (d_in, r) g
 convolution or an embedding as it goes through a Dense.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pefts import deferred, views
-from pefts.bound import Ambient, BoundKernel, effective_matrix, matmul
+from pefts.bound import ADAPTED, Ambient, BoundKernel, effective_matrix, matmul
 
 Product = Callable[..., jax.Array]
 
@@ -30,7 +31,7 @@ def factored(module: nn.Module, method: str, own: Mapping[str, BoundKernel]) -> 
     # A hook on what a table looks up has no part in its other use, as the output head.
     as_head = isinstance(module, nn.Embed) and method == "attend"
     for kernel in own.values():
-        if any(_needs_product(layer, as_head) for layer in layers(kernel)):
+        if any(needs_product(layer, as_head) for layer in layers(kernel)):
             raise ValueError(
                 f"the method on {kernel.path!r} works on the output of a linear module, and "
                 f"{type(module).__name__}.{method} is none that pefts knows: target another module."
@@ -38,9 +39,28 @@ def factored(module: nn.Module, method: str, own: Mapping[str, BoundKernel]) -> 
     return None
 
 
-def _needs_product(layer: BoundKernel, as_head: bool) -> bool:
+def needs_product(layer: BoundKernel, as_head: bool = False) -> bool:
+    """Whether a dense kernel cannot stand for this method."""
     rule = layer.rule
-    return rule.effective is None and not (as_head and rule.linear is None)
+    beside = (rule.output is not None or rule.bias is not None) and not as_head
+    return beside or (rule.effective is None and rule.linear is not None)
+
+
+def with_inputs(
+    kernels: Iterable[BoundKernel], ambient: Ambient, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    """The model's arguments as the methods want them, each asked once whatever its sites."""
+    asked = set()
+    for kernel in kernels:
+        if kernel.rule.inputs is not None and kernel.owner not in asked:
+            if ADAPTED in ambient.context:
+                raise ValueError(
+                    f"the method on {kernel.path!r} changes the model's arguments, which a bare "
+                    "example cannot share with adapted ones: run them in batches of their own."
+                )
+            args, kwargs = kernel.rule.inputs(args, kwargs, deferred.arrays(kernel.state))
+            asked.add(kernel.owner)
+    return args, kwargs
 
 
 def layers(kernel: BoundKernel) -> list[BoundKernel]:
@@ -112,7 +132,8 @@ def multiply(
     if rule.linear is not None and (rule.through_dot or not lookup):
         own_key = jax.random.fold_in(key, kernel.owner) if key is not None else None
         call = ambient.call(kernel, key=own_key, dot=inner, dense=dense)
-        return rule.linear(x, W, deferred.arrays(kernel.state), call)
+        y = rule.linear(x, W, deferred.arrays(kernel.state), call)
+        return ambient.chosen(y, lambda: inner(x, W))
     if rule.effective is not None:
         return dot(x, effective_matrix(kernel, ambient))
     return inner(x, W)
@@ -122,7 +143,14 @@ def after(y: jax.Array, kernel: BoundKernel, ambient: Ambient) -> jax.Array:
     """The output hooks of a kernel, innermost first."""
     for layer in reversed(layers(kernel)):
         if layer.rule.output is not None:
-            y = layer.rule.output(y, deferred.arrays(layer.state), ambient.call(layer))
+            if layer is not kernel and layer.rule.effective is not None:
+                raise ValueError(
+                    f"a method on {layer.path!r} scales all that the layer puts out, and the ones "
+                    "behind it in pefts.chain would be scaled too, which merging does not do: put "
+                    "it last."
+                )
+            hooked = layer.rule.output(y, deferred.arrays(layer.state), ambient.call(layer))
+            y = ambient.chosen(hooked, functools.partial(jnp.asarray, y))
     return y
 
 

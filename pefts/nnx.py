@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from pefts import deferred, modules, paths, views
+from pefts import modules, paths, views
 from pefts.bound import Ambient, BoundKernel, effective_kernel
 from pefts.targets import site_key
 
@@ -88,7 +88,8 @@ def apply(
 
     Raises:
       ValueError: params without bound kernels, a bound kernel that no module owns as an attribute,
-        (strict) one that no module reads, or a method on outputs where there is no linear module.
+        (strict) one that no module reads, a method on outputs where there is no linear module, or
+        one on the attention.
 
     Example:
       >>> import jax, jax.numpy as jnp, pefts
@@ -104,9 +105,9 @@ def apply(
     def adapted(bound: Mapping[str, Any], rest: Any, *args: Any, **kwargs: Any) -> Any:
         flat, ambient = _open(bound)
         kernels = {path: leaf for path, leaf in flat.items() if isinstance(leaf, BoundKernel)}
-        for layer in (layer for kernel in kernels.values() for layer in modules.layers(kernel)):
-            if layer.rule.inputs is not None:
-                args, kwargs = layer.rule.inputs(args, kwargs, deferred.arrays(layer.state))
+        stacked = [layer for kernel in kernels.values() for layer in modules.layers(kernel)]
+        _check_no_attention(stacked)
+        args, kwargs = modules.with_inputs(stacked, ambient, args, kwargs)
         if key is not None:
             flat |= {path: _with_key(kernel, key) for path, kernel in kernels.items()}
         session = _Session(ambient, set())
@@ -190,6 +191,15 @@ def _open(bound: Mapping[str, Any]) -> tuple[dict[str, Any], Ambient]:
         )
     flat = paths.flatten(bound)
     return flat, flat.pop(paths.RESERVED)
+
+
+def _check_no_attention(kernels: list[BoundKernel]) -> None:
+    for kernel in kernels:
+        if kernel.rule.attend is not None:
+            raise ValueError(
+                f"the method on {kernel.path!r} acts on the attention itself, and pefts.nnx adapts "
+                "modules with kernels alone: use a Linen model (pefts.apply), or another method."
+            )
 
 
 def _with_key(kernel: BoundKernel, key: jax.Array) -> BoundKernel:

@@ -156,7 +156,8 @@ def _nonzero(grads: Any, floor: float) -> None:
 def matches_oracle(subject: Subject) -> None:
     """Every slice of every site, against the row's numpy formula in float64."""
     case = subject.case
-    assert any((case.oracle, case.output_oracle, case.linear_oracle)), "the row has no oracle"
+    oracles = (case.oracle, case.output_oracle, case.linear_oracle, case.attend_oracle)
+    assert any(oracles), "the row has no oracle"
     with in_float64(subject) as (params, state):
         merged = jax.jit(subject.peft.merge)(params, state) if case.oracle else params
         flat, merged = paths.flatten(params), paths.flatten(merged)
@@ -192,6 +193,19 @@ def _check_products(subject: Subject, site: Site, W: np.ndarray, p: Arrays, shar
         y = rng.normal(size=(tiny.BATCH, 3, site.d_out))
         actual = rule.output(jnp.asarray(y), double(p), call)
         close(actual, case.output_oracle(y, p, known), FLOAT64, f"output at {site.path}")
+    if case.attend_oracle is not None:
+        q, k, v = rng.normal(size=(3, tiny.BATCH, 5, tiny.HEADS, tiny.HEAD_SIZE))
+        mask = np.tril(np.ones((1, 1, 5, 5), bool))
+        project = lambda x: (x @ jnp.asarray(W), x @ jnp.asarray(2 * W))  # noqa: E731
+        attend = lambda *tensors: tiny.Attend().apply({}, *tensors)  # noqa: E731
+        actual = rule.attend(
+            attend,
+            *(jnp.asarray(x) for x in (q, k, v, mask)),
+            double(p),
+            call._replace(attention=attend, project=project),
+        )
+        expected = case.attend_oracle(q, k, v, W, p, known)
+        close(actual, expected, FLOAT64, f"attention at {site.path}")
 
 
 def _arrays(state: Any, path: str, index: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -341,17 +355,24 @@ def _sliced(groups: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def maps_over_states(subject: Subject) -> None:
-    """jax.vmap over two states is two runs."""
+def mixes_in_a_batch(subject: Subject) -> None:
+    """A batch whose examples have one adapter, another or none is the separate runs' rows."""
     states = [subject.moved, jax.jit(pefts.randomize)(jax.random.key(8), subject.state)]
-    together = jax.jit(lambda many: jax.vmap(subject.forward)(pefts.stack(many)))(states)
-    for index, state in enumerate(states):
-        close(
-            np.asarray(together)[index],
-            subject.forward(state),
-            FLOAT32,
-            f"outputs of state {index}",
-        )
+    mixed = pefts.per_example(pefts.apply(tiny.Classifier().apply), subject.peft)
+    which = np.arange(tiny.BATCH) % 3 - 1
+
+    def run(stacked: Any, which: Any) -> jax.Array:
+        args = (subject.params, stacked, which, *subject.inputs)
+        return mixed(*args, context=subject.context)
+
+    if subject.declaration.rule.inputs is not None:
+        with pytest.raises(ValueError, match="batches of their own"):
+            run(pefts.stack(states), which)
+        return
+    together = jax.jit(run)(pefts.stack(states), which)
+    alone = [*map(subject.forward, states), base_forward()(subject.params, *subject.inputs)]
+    expected = np.stack([np.asarray(alone[index])[row] for row, index in enumerate(which)])
+    close(together, expected, FLOAT32, "outputs of a mixed batch")
 
 
 def shards(subject: Subject) -> None:
@@ -461,7 +482,7 @@ PROPERTIES: tuple[Property, ...] = (
     counts_its_parameters,
     keeps_bfloat16,
     scanned_equals_unrolled,
-    maps_over_states,
+    mixes_in_a_batch,
     shards,
     rejects_bad_inputs,
     rebuilds_from_config,
@@ -481,7 +502,7 @@ ONCE_A_METHOD: frozenset[Property] = frozenset(
         compiles_once,
         jit_equals_eager,
         keeps_bfloat16,
-        maps_over_states,
+        mixes_in_a_batch,
         scanned_equals_unrolled,
         shards,
     }

@@ -18,8 +18,8 @@ from conformance import (
     gradients_flow,
     jit_equals_eager,
     keeps_bfloat16,
-    maps_over_states,
     matches_oracle,
+    mixes_in_a_batch,
     random_state_changes_outputs,
     scanned_equals_unrolled,
     shards,
@@ -304,7 +304,7 @@ def sound() -> Subject:
 @pytest.mark.parametrize(
     "prop",
     sorted({fault.caught_by for fault in FAULTS}, key=lambda prop: prop.__name__)
-    + [maps_over_states, shards],
+    + [mixes_in_a_batch, shards],
     ids=lambda prop: prop.__name__,
 )
 def test_sound_method_passes(sound: Subject, prop: Callable[[Subject], None]) -> None:

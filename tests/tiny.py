@@ -31,6 +31,16 @@ class Norm(nn.Module):
         return normed * scale_D[None, None] + bias_D[None, None]
 
 
+class Attend(nn.Module):
+    """Softmax attention without parameters, as a module that adapters can see (pefts.attention)."""
+
+    @nn.compact
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        return nn.dot_product_attention(q, k, v, mask=mask)
+
+
 class Attention(nn.Module):
     """Self-attention whose projections keep the head axes in their kernels."""
 
@@ -41,9 +51,8 @@ class Attention(nn.Module):
         # a bias on the keys cancels in the softmax: it could never receive a gradient
         k_BxTxNxH = nn.DenseGeneral(heads, use_bias=False, name="key")(x_BxTxD)
         v_BxTxNxH = nn.DenseGeneral(heads, name="value")(x_BxTxD)
-        attended = nn.dot_product_attention(
-            q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, mask=mask_BxT[:, None, None, :]
-        )
+        attend = Attend(name="attend")
+        attended = attend(q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, mask_BxT[:, None, None, :])
         return nn.DenseGeneral(WIDTH, axis=(-2, -1), name="out")(attended)
 
 
