@@ -12,7 +12,8 @@ at a step sees what the uninterrupted run would have seen, on any number of proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -71,15 +72,30 @@ class Batches:
 
     dataset: grain.MapDataset
     steps_per_epoch: int
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
     dropped: int
 
     def __getitem__(self, step: int) -> Batch:
         return cast(Batch, self.dataset[step])
 
+    def longest(self) -> Batch:
+        """A batch of the last of the shapes."""
+        batches = (self[step] for step in range(self.steps_per_epoch))
+        return next(batch for batch in batches if inputs_shape(batch) == self.shapes[-1])
+
     def __iter__(self) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(self.dataset.to_iter_dataset(options))
+
+
+def inputs_shape(batch: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of what the model reads, (rows, tokens): that of a batch's largest array."""
+    return max((tuple(array.shape) for array in batch.values()), key=math.prod)
+
+
+def tokens(batch: Mapping[str, Any]) -> int:
+    """How many tokens a batch holds, padding left out; its rows where it is not of tokens."""
+    return int(batch["mask"].sum()) if "mask" in batch else inputs_shape(batch)[0]
 
 
 def tokenise(

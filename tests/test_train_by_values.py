@@ -130,7 +130,7 @@ def test_the_schedule_is_known_by_name(config: Any) -> None:
     with pytest.raises(ValueError, match="optimizer.schedule='linear' is unknown"):
         train.prepare(config)
     config.optimizer.schedule = "constant"
-    rates = [experiment._schedule(config.optimizer, 10)(step) for step in range(3)]
+    rates = [experiment._schedule(config.optimizer, 10, 1e-3)(step) for step in range(3)]
     assert rates == [1e-3] * 3
 
 

@@ -159,4 +159,5 @@ OBJECTIVE = Objective(
     finish,
     {},
     writing.write,
+    lower_is_better=True,
 )

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,20 @@ def show_plan(title: Mapping[str, str], plan: Plan) -> None:
 
 def mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
+
+
+class Clock:
+    """Tokens per second since the first step, its compilation left out."""
+
+    def __init__(self) -> None:
+        self.start, self.tokens = 0.0, 0
+
+    def rate(self, tokens: int) -> float:
+        if not self.start:
+            self.start = time.monotonic()
+            return 0.0
+        self.tokens += tokens
+        return self.tokens / max(time.monotonic() - self.start, 1e-9)
 
 
 class Meter(NamedTuple):
@@ -206,6 +221,55 @@ def language_figure(file: Path, rows: list[dict[str, Any]], floor: float) -> Non
     right.set(title="loss on dev during training", xlabel="step", ylabel="cross-entropy")
     right.legend(frameon=False)
     _write(fig, file)
+
+
+def sweep_figure(
+    file: Path, curves: Mapping[str, list[dict[str, Any]]], best: int, column: str
+) -> None:
+    """Draw every member's training loss and one score on dev, the best member's in front.
+
+    Args:
+      file: a PNG.
+      curves: rows of metrics.csv by member.
+      best: which of them is drawn bold.
+      column: the score's name in metrics.csv.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(curves)))
+    for k, ((name, rows), color) in enumerate(zip(curves.items(), colors, strict=True)):
+        style = {"color": "tab:red" if k == best else color, "linewidth": 2.2 if k == best else 1}
+        order = 3 if k == best else 2
+        steps, losses = _curve(rows, "loss")
+        window = max(1, len(losses) // 40)
+        smooth = np.convolve(losses, np.ones(window) / window, "valid") if losses else []
+        left.plot(steps[window - 1 :], smooth, zorder=order, **style)
+        label = f"{name} (best)" if k == best else name
+        right.plot(*_curve(rows, column), marker="o", ms=3, label=label, zorder=order, **style)
+    left.set(title="training loss", xlabel="step", ylabel="cross-entropy")
+    right.set(title=f"{column.replace('_', ' ')} during training", xlabel="step")
+    right.legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
+    _write(fig, file)
+
+
+def show_sweep(rows: list[dict[str, Any]], best: int) -> None:
+    """Print a table of a sweep's members, the best one marked."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title="sweep, on dev", title_justify="left")
+    for name in names:
+        table.add_column(name, justify="right")
+    for k, row in enumerate(rows):
+        cells = [_cell(row.get(name, "")) for name in names]
+        table.add_row(*cells, style="bold" if k == best else None)
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _write(fig: Any, file: Path) -> None:
