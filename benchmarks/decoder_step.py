@@ -135,6 +135,7 @@ def experiment_of(
     packed: bool = False,
     chunk: int | None = 128,
     attention: str = "cudnn",
+    method: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """What train.py would make of a config: here with random weights and one batch."""
@@ -153,7 +154,12 @@ def experiment_of(
     model = Decoder(DecoderConfig.from_hf(shape.config, **dtypes, attention=attention, **options))
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :8])["params"]
     config = decoder_language("decoder_step")
-    config.method = {"method": "lora", "rank": RANK, "alpha": float(ALPHA), "targets": "all-linear"}
+    config.method = method or {
+        "method": "lora",
+        "rank": RANK,
+        "alpha": float(ALPHA),
+        "targets": "all-linear",
+    }
     axes = pefts.infer_axes(model.apply, params, tokens[:1, :8])
     length = tokens.shape[1] - 1
     pieces = functools.partial(_with_chunk, language.call, chunk or length)
@@ -177,8 +183,10 @@ def _with_chunk(call: Callable[..., Any], chunk: int, apply: Callable[..., Any])
 # ---------------------------------------------------------------------------------------- peft
 
 
-def peft(shape: Shape, tokens: np.ndarray, side: str) -> tuple[Callable[[], Any], Any]:
-    """The same with transformers, peft and torch."""
+def peft(
+    shape: Shape, tokens: np.ndarray, side: str, config: Any = None
+) -> tuple[Callable[[], Any], Any]:
+    """The same with transformers, peft and torch; LoRA unless there is another PeftConfig."""
     import peft as hf_peft
     import torch
     import transformers
@@ -190,10 +198,10 @@ def peft(shape: Shape, tokens: np.ndarray, side: str) -> tuple[Callable[[], Any]
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.LlamaConfig(**sizes), dtype=dtype, attn_implementation="sdpa"
         )
-    config = hf_peft.LoraConfig(
+    lora = hf_peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = hf_peft.get_peft_model(model, config).train()
+    model = hf_peft.get_peft_model(model, config or lora).train()
     model.config.use_cache = False
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     assert all(weight.dtype == torch.float32 for weight in weights)

@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def step_seconds(run: Callable[[], Any], steps: int) -> tuple[float, float]:
     """Seconds of the first call, which may compile, and the median of `steps` later ones."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    first = once()
-    once()
-    return first, statistics.median(once() for _ in range(steps))
+    first = seconds(run)
+    seconds(run)
+    return first, statistics.median(seconds(run) for _ in range(steps))
 
 
 def child(module: str, arguments: Sequence[Any]) -> subprocess.CompletedProcess[str]:

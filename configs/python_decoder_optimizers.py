@@ -41,6 +41,7 @@ ENTRIES = {
     "adazeta": Entry(
         1e-3, {"eps": 1e-2, "max_queries": 4, "epoch_steps": 1}, CORES, schedule="constant"
     ),
+    "allora": Entry(3e-3, {"eta": 10.0}, LORA),
     "apollo": Entry(1e-2, LOW_RANK),
     "badam": Entry(3e-3, {"interval": 20}),
     "fira": Entry(1e-2, {**LOW_RANK, "scale": 1.0}),

@@ -7,7 +7,13 @@ from pefts.core import Peft
 from pefts.methods import METHODS
 
 # Arguments without a default, for the listing.
-REQUIRED = {"eta0": 1e-3, "threshold": 1e-3, "total_steps": 100}
+REQUIRED = {
+    "eta0": 1e-3,
+    "sources": ["source.safetensors"],
+    "threshold": 1e-3,
+    "tokens": [0],
+    "total_steps": 100,
+}
 
 
 def table() -> str:
@@ -30,7 +36,9 @@ def _row(name: str) -> str:
 
 def _default(name: str) -> Peft:
     parameters = inspect.signature(METHODS[name]).parameters
-    return METHODS[name](**{k: v for k, v in REQUIRED.items() if k in parameters})
+    given = {k: v for k, v in REQUIRED.items() if k in parameters}
+    none = (None, inspect.Parameter.empty)
+    return METHODS[name](**{k: v for k, v in given.items() if parameters[k].default in none})
 
 
 if __name__ == "__main__":

@@ -86,13 +86,18 @@ def export_hf(
     axes = letters(config.get("axes"))
     slices, shared = _slices(adapter, base, axes)
     files = format.to_hf(Native(config, slices, shared, base.weight))
+    if format.keyless:
+        _check_keyless(format, slices, base, info)
+    _check_selected(format, files, base)
     plain, fields = whole.export(
         trained, base.flat, base.places, files.modules, info.get("task_type")
     )
-    plain.update(_tables(files, base))
-    tensors = {f"{MODEL}{m}.{n}": v for m, held in files.modules.items() for n, v in held.items()}
-    tensors |= {f"{PREFIX}{name}": value for name, value in files.shared.items()}
-    tensors |= {f"{MODEL}{key}": value for key, value in plain.items()}
+    if format.stores_tables:
+        plain.update(_tables(files, base))
+    model, together = _in_front(format)
+    tensors = {f"{model}{m}.{n}": v for m, held in files.modules.items() for n, v in held.items()}
+    tensors |= {f"{together}{name}": value for name, value in files.shared.items()}
+    tensors |= {f"{model}{key}": value for key, value in plain.items()}
     dense = {key: np.array(value, np.float32, order="C") for key, value in tensors.items()}
     io.check_finite(dense, "the adapter")
     written = {
@@ -102,11 +107,13 @@ def export_hf(
         "revision": None,
         "task_type": None,
         **files.fields,
-        **fields,
+        **selection.outright(fields, format),
         **info,
         "peft_type": format.peft_type,
-        "target_modules": selection.targets_for(files.modules, base.adaptable),
     }
+    if not format.keyless and "target_modules" not in files.fields:
+        chosen = selection.targets_for(files.modules, base.places_for(format))
+        written["target_modules"] = chosen
     text = json.dumps(written, indent=2, sort_keys=True) + "\n"
     save = functools.partial(safetensors.numpy.save_file, dense, metadata={"format": "pt"})
     io.write(Path(folder) / WEIGHTS, save)
@@ -149,9 +156,10 @@ def import_hf(
     config = selection.checked(raw, format, str(folder / CONFIG))
     base = Base.of(params, names)
     modules, shared, plain = _sorted_tensors(_read_tensors(folder), format, base)
-    _check_modules(config, modules, base)
+    if not format.keyless:
+        _check_modules(config, modules, format, base)
     trained = whole.read(plain, config, base.flat, base.places, modules)
-    slots = _slots_of(modules, base, letters(axes))
+    slots = _slots_of(modules, format, base, letters(axes))
     imported = format.from_hf(Files(config, modules, shared), slots, base.weight)
     peft, state = _native(imported, slots, axes)
     if trained:
@@ -221,6 +229,11 @@ def _slices(
     return slices, shared
 
 
+def _in_front(format: Format) -> tuple[str, str]:
+    """What stands in front of a torch module's path, and of a tensor that belongs to no module."""
+    return (PREFIX, "") if format.keyless else (MODEL, PREFIX)
+
+
 def _tables(files: Files, base: Base) -> dict[str, np.ndarray]:
     """The base's table of adapted input and output embeddings, as peft stores it."""
     chosen = [name for name in files.modules if name.split(".")[-1] in STORED_EMBEDDINGS]
@@ -262,15 +275,16 @@ def _sorted_tensors(
 ) -> tuple[dict[str, dict], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """({module: {rest: tensor}}, shared, plain) by the keys' form; no key is passed over."""
     modules: dict[str, dict[str, np.ndarray]] = {}
-    shared, plain, adaptable = {}, {}, base.adaptable
+    shared, plain, adaptable = {}, {}, base.places_for(format)
+    model, together = _in_front(format)
     for key, tensor in tensors.items():
-        if key.removeprefix(PREFIX) in format.shared:
-            shared[key.removeprefix(PREFIX)] = tensor
+        if key.removeprefix(together) in format.shared:
+            shared[key.removeprefix(together)] = tensor
             continue
-        name = key.removeprefix(MODEL)
+        name = key.removeprefix(model)
         if name == key:
             raise ValueError(
-                f"the key {key!r} lacks the prefix {MODEL!r} that peft's adapters have: the file "
+                f"the key {key!r} lacks the prefix {model!r} that peft's adapters have: the file "
                 "was written by another tool; rename its keys."
             )
         name = whole.plain_name(name)
@@ -278,18 +292,30 @@ def _sorted_tensors(
             continue
         rest = next((s for s in format.suffixes if name.endswith(f".{s}")), None)
         module = name.removesuffix(f".{rest}")
+        if rest is not None and _is_copy(module, tensor, tensors, format, base):
+            continue
         if rest is not None and module in adaptable:
             modules.setdefault(module, {})[rest] = tensor
         elif rest is None and name.replace(f".{whole.INNER}", ".") in base.places:
             plain[name] = tensor
         else:
-            raise ValueError(_stray(name if rest is None else module, key, base))
+            raise ValueError(_stray(name if rest is None else module, key, adaptable, base))
     return modules, shared, plain
 
 
-def _stray(name: str, key: str, base: Base) -> str:
-    known = base.places if name not in base.adaptable else base.adaptable
-    shown = sorted(known)[:3]
+def _is_copy(
+    module: str, tensor: np.ndarray, tensors: Mapping[str, np.ndarray], format: Format, base: Base
+) -> bool:
+    """Whether a tensor of a tied head, which has no leaf of its own, stands there twice."""
+    if module.split(".")[-1] not in format.tied:
+        return False
+    if any(place.module == module for place in base.places.values()):
+        return False
+    return sum(np.array_equal(tensor, other) for other in tensors.values()) > 1
+
+
+def _stray(name: str, key: str, adaptable: Mapping[str, Any], base: Base) -> str:
+    shown = sorted(base.places if name not in adaptable else adaptable)[:3]
     return (
         f"the adapter's tensor {key!r} belongs to {name!r}, which is no module or tensor of this "
         f"model (whose names are like {shown}). Is it an adapter for another base, or one whose "
@@ -298,10 +324,43 @@ def _stray(name: str, key: str, base: Base) -> str:
     )
 
 
-def _check_modules(config: Mapping[str, Any], modules: Mapping[str, Any], base: Base) -> None:
+def _check_keyless(
+    format: Format, slices: Mapping[Slot, Any], base: Base, info: Mapping[str, Any]
+) -> None:
+    """Raise ValueError where peft would run something else, or the base alone."""
+    if not info.get("task_type"):
+        raise ValueError(
+            f"peft runs a folder of {format.peft_type} without a task_type as the base alone: give "
+            "export_hf(..., task_type='CAUSAL_LM'), or the task that the model is for."
+        )
+    all_paths = {place.path for places in base.places_for(format).values() for place in places}
+    left = sorted(all_paths - {slot.path for slot in slices})
+    if left:
+        raise ValueError(
+            f"peft has no way to leave {left[0]!r} out of {format.peft_type}, which stands at "
+            f"{sorted(all_paths)}: adapt them all, with the method's own default targets."
+        )
+
+
+def _check_selected(format: Format, files: Files, base: Base) -> None:
+    """Raise ValueError where peft would adapt other modules than those with tensors."""
+    if format.selects is None:
+        return
+    selected = format.selects(files.fields, base.places_for(format))
+    if selected != set(files.modules):
+        raise ValueError(
+            f"peft would put {format.peft_type} into {sorted(selected)}, and adapted are "
+            f"{sorted(files.modules)}: these targets cannot be said in adapter_config.json."
+        )
+
+
+def _check_modules(
+    config: Mapping[str, Any], modules: Mapping[str, Any], format: Format, base: Base
+) -> None:
     if not modules:
         raise ValueError("the folder holds no adapter tensor at all: nothing would be adapted.")
-    selected = selection.selected(config, base.adaptable)
+    select = format.selects or selection.selected
+    selected = select(config, base.places_for(format))
     if selected is None:
         return
     missing, extra = sorted(selected - set(modules)), sorted(set(modules) - selected)
@@ -313,9 +372,15 @@ def _check_modules(config: Mapping[str, Any], modules: Mapping[str, Any], base: 
         )
 
 
-def _slots_of(modules: Mapping[str, Any], base: Base, axes: Any) -> list[Slot]:
-    adaptable = base.adaptable
-    touched = sorted({adaptable[name].path for name in modules})
+def _slots_of(modules: Mapping[str, Any], format: Format, base: Base, axes: Any) -> list[Slot]:
+    adaptable = base.places_for(format)
+    if format.keyless and not adaptable:
+        raise ValueError(
+            f"none of the model's leaves is one that {format.peft_type} stands at, by its path "
+            f"({format.leaves!r}); there is no place for the adapter."
+        )
+    chosen = adaptable if format.keyless else modules
+    touched = sorted({place.path for name in chosen for place in adaptable[name]})
     return [slot for path in touched for slot in base.slots(path, axes)]
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import jaxlib
 
-# Compiling is most of what tests do. Level 0 halves the time it takes, and leaving out the emitters
-# for fusions halves the rest; XLA dies of flags it does not know, and later versions may not know
-# the last one.
+# Compiling is most of what tests do. Level 0 halves the time it takes, leaving out the emitters for
+# fusions halves the rest, and programs this small are not worth cutting into parts (a quarter of
+# what is left); XLA dies of flags it does not know, and later versions may not know the last ones.
 FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 if jaxlib.__version__.startswith("0.10."):
-    FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
+    FLAGS += ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

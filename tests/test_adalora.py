@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import pefts
+from pefts.bound import Call
 from pefts.formats import adalora
 from pefts.formats.contract import Native
 from pefts.methods.adalora import budget_drops, prune, ranks, scores
@@ -116,6 +117,10 @@ def test_twelve_official_steps(golden, x64):
         found = np.concatenate(list(scores(state).values()))
         np.testing.assert_allclose(found, golden["scores"][at], rtol=1e-9, atol=1e-15)
         check_masks(golden, state, at)
+        if golden["threshold"][at] >= 0:  # the officials' cut: what lies above it stays
+            e = np.concatenate([leaf.ravel() for leaf in e_of(state).values()])
+            above = golden["scores"][at] > golden["threshold"][at] * (1 + 1e-9)
+            np.testing.assert_array_equal(e != 0, above)
         assert sum(ranks(state).values()) == int(golden["nonzero"][at])
     assert update._cache_size() == 1
 
@@ -290,6 +295,27 @@ def test_pruning_changes_shapes_and_nothing_else():
     )
 
 
+def test_factors_start_normal_and_dropout_is_of_the_adapter_alone(key):
+    """A and B have deviation 0.02; y = x W + s ((drop(x) A) * e) B with inverted dropout."""
+    params = {"kernel": jax.random.normal(key, (400, 300))}
+    build = functools.partial(pefts.adalora.__wrapped__, 10, 4, 2, dropout=0.25)
+    group, frozen = build().rule.init(
+        key, params["kernel"], site=build().selection.resolve(params, rank=4)[0], stats=None
+    )
+    np.testing.assert_allclose(group["A"].std(), 0.02, rtol=0.1)
+    np.testing.assert_allclose(group["B"].std(), 0.02, rtol=0.1)
+    p = {**group, **frozen, "e": jnp.array([1.0, -2.0, 0.0, 3.0])}
+    x, W = jnp.ones((50, 400)), params["kernel"]
+    quiet = build().rule.linear(x, W, p, Call())
+    noisy = build().rule.linear(x, W, p, Call(key=key))
+    keep = jax.random.bernoulli(key, 0.75, x.shape)
+    wanted = (
+        x @ W + p["scale"] * ((jnp.where(keep, x / 0.75, 0.0) @ p["A"]) * p["e"][None]) @ p["B"]
+    )
+    np.testing.assert_allclose(noisy, wanted, rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(noisy - quiet).max()) > 1e-2
+
+
 def test_penalty_counts_each_stacked_layer_and_survives_orthonormal_factors():
     _, peft, state = stacked_problem(gamma=2.0)
     found = []
@@ -329,9 +355,10 @@ def test_published_count_from_shapes_alone():
         for n in range(12)
         for k, shape in enumerate(sides)
     }
-    peft = pefts.adalora(total_steps=10, init_rank=1, target_rank=1)
-    state = jax.eval_shape(peft.init, jax.random.key(0), deberta)
-    assert pefts.count(state.trainable) == 165_888 + 72
+    for rank in (1, 3):
+        peft = pefts.adalora(total_steps=10, init_rank=rank, target_rank=1)
+        state = jax.eval_shape(peft.init, jax.random.key(0), deberta)
+        assert pefts.count(state.trainable) == rank * (165_888 + 72)
 
 
 def test_the_scale_keeps_the_initial_rank():

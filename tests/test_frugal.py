@@ -41,9 +41,6 @@ Array = np.ndarray
 pytestmark = pytest.mark.usefixtures("optax_promotes_its_step_count")
 
 
-# --- the official code ---
-
-
 @pytest.fixture(scope="module")
 def golden() -> Any:
     if not GOLDEN.exists():
@@ -413,9 +410,6 @@ def test_with_the_settings_of_galore_it_is_galore(x64: None) -> None:
     theirs, other, _ = run(galore, jnp.zeros((6, 9)), grads)
     near(ours, theirs, 1e-10)
     near(state.spaces.P, other.projectors.P, 1e-10)
-
-
-# --- the state ---
 
 
 SIZES = {

@@ -30,6 +30,7 @@ from hf_pair import (
 import pefts
 from pefts import io
 from pefts.formats import selection
+from pefts.methods.adalora import prune
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 
@@ -192,6 +193,29 @@ def test_an_adalora_that_peft_has_pruned(encoder: Pair, tmp_path: Path) -> None:
     edit(tmp_path, rank_pattern={"encoder.layer.7.attention.self.query.lora_E": [True] * 4})
     with pytest.raises(ValueError, match="rank_pattern names 'encoder.layer.7"):
         pefts.import_hf(tmp_path, encoder.params, encoder.names)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # also of its own files
+def test_an_adalora_that_we_have_pruned(encoder: Pair, tmp_path: Path) -> None:
+    """The file holds the triplets that are left, other numbers of them in each layer."""
+    peft = pefts.adalora(9, 4, 2, 5.0, warmup=(0, 1), targets=["query", "value"], axes=encoder.axes)
+    state = pefts.randomize(jax.random.key(1), peft.init(jax.random.key(0), encoder.params), 0.3)
+    query, value = sorted(state.trainable)
+    kept = {query: [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], value: [[1, 0, 1, 1]] * 3}
+    for path, mask in kept.items():
+        state.trainable[path]["e"] *= jnp.asarray(mask, jnp.float32)
+    small = prune(state)
+    assert {small.trainable[path]["e"].shape for path in kept} == {(3, 2), (3, 3)}
+    whole = encoder.run(peft, state)
+    close(encoder.run(peft, small), whole)
+    pefts.export_hf(tmp_path, peft, small, encoder.params, encoder.names)
+    shapes = {key: len(t) for key, t in tensors_of(tmp_path).items() if key.endswith("lora_E")}
+    assert sorted(shapes.values()) == [1, 2, 3, 3, 3]
+    pattern = config_of(tmp_path)["rank_pattern"]
+    assert {f"base_model.model.{key}": sum(mask) for key, mask in pattern.items()} == shapes
+    assert {len(mask) for mask in pattern.values()} == {4}
+    close(encoder.opened(tmp_path), whole)
+    close(encoder.run(*pefts.import_hf(tmp_path, encoder.params, encoder.names)), whole)
 
 
 def test_the_prefix_of_the_torch_model_can_be_chosen(

@@ -38,6 +38,8 @@ def decoder(layers: int, width: int, kv: int, hidden: int) -> dict[str, tuple[in
 MODELS = {
     "gemma-2b": decoder(18, 2048, 256, 16384),
     "llama-2-7b": decoder(32, 4096, 4096, 11008),  # LLaMA-7B has the same shapes
+    "llama-2-70b": decoder(80, 8192, 1024, 28672),
+    "llama-3-8b": decoder(32, 4096, 1024, 14336),
     "llama-3.2-3b": decoder(28, 3072, 1024, 8192),
     "mistral-7b": decoder(32, 4096, 1024, 14336),
     "roberta-base": encoder(12, 768),
@@ -54,7 +56,13 @@ class Count(NamedTuple):
 
 
 COUNTS = (
+    Count("boft", {"block_size": 4}, "llama-3.2-3b", 802_816, QUERY_VALUE),
+    Count("hira", {"rank": 32}, "llama-3.2-3b", 9_175_040, QUERY_VALUE),
+    Count("ia3", {}, "llama-3.2-3b", 286_720, r"/(key|value|down)/"),
+    Count("loha", {"rank": 32}, "llama-3.2-3b", 18_350_080, QUERY_VALUE),
+    Count("llama_adapter", {"length": 100}, "llama-3.2-3b", 8_601_628, r"/value/"),
     Count("loldu", {"rank": 768}, "roberta-base", 18_432, QUERY_VALUE),
+    Count("lokr", {"rank": 32, "decompose_factor": 4}, "llama-3.2-3b", 2_294_656, QUERY_VALUE),
     Count("lora", {"rank": 2}, "llama-2-7b", 4_997_120),
     Count("lora", {"rank": 64}, "mistral-7b", 167_772_160),
     Count("lora", {"rank": 8}, "roberta-base", 294_912, QUERY_VALUE),
@@ -69,15 +77,29 @@ COUNTS = (
             (4, 8, 12, 16, 20, 25), (1_536, 6_144, 13_824, 24_576, 38_400, 60_000), strict=True
         )
     ),
+    Count("miss", {"rank": 64}, "llama-2-7b", 87_031_808),
+    Count("miss", {"rank": 64}, "llama-3.2-3b", 7_340_032, QUERY_VALUE),
+    Count("miss", {"rank": 64, "form": "bat"}, "llama-3.2-3b", 7_340_032, QUERY_VALUE),
+    Count("miss", {"form": "mini", "mini_rank": 64}, "llama-3.2-3b", 229_376, QUERY_VALUE),
     Count("more", {"rank": 4}, "llama-2-7b", 3_145_728, QUERY_KEY_VALUE),
     Count("more", {"rank": 4}, "roberta-large", 589_824, QUERY_KEY_VALUE),
+    # As many as a LoRA of the budget's rank, whatever the rank and the number of shards.
+    Count("mos", {"rank": 2, "private": 0, "shards": 1}, "llama-2-7b", 4_997_120),
+    Count("mos", {"rank": 16, "budget": 2, "shards": 4}, "llama-2-7b", 4_997_120),
+    Count("mos", {"rank": 8, "budget": 2, "shards": 8}, "llama-3-8b", 5_242_880),
+    Count("nola", {}, "llama-2-70b", 573_440),
+    Count("oft", {"blocks": 32}, "llama-3.2-3b", 8_171_520, QUERY_VALUE),
     Count("pissa", {"rank": 128}, "llama-2-7b", 319_815_680),
+    Count("prefix", {"length": 200}, "llama-3.2-3b", 11_468_800, r"/value/"),
+    Count("pvera", {"rank": 256}, "llama-3.2-3b", 143_360, QUERY_VALUE),
+    Count("randlora", {"rank": 32}, "llama-3.2-3b", 9_289_728, QUERY_VALUE),
     Count("sorsa", {"rank": 128}, "llama-2-7b", 319_844_352),
     # A sixteenth of LoRA of rank 8 on the same kernels.
     Count("svfit", {"rank": 768}, "roberta-base", 18_432, QUERY_VALUE),
     # 126 of them gates, which the paper leaves out: "194K" and "6.35M".
     Count("svft", {}, "gemma-2b", 193_536 + 126),
     Count("svft", {"pattern": "banded"}, "gemma-2b", 6_352_416 + 126),
+    Count("vb_lora", {}, "llama-3.2-3b", 1_212_416, QUERY_VALUE),
 )
 
 

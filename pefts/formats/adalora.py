@@ -3,8 +3,9 @@
     lora_A (r, in)   lora_E (r, 1)   lora_B (out, r)     y += s (x (A * E)^T) B^T
 
 s = alpha / (init_r + 1e-5), whatever rank is left. A file with a rank_pattern holds the kept
-triplets alone; they come back at their own places, between zeros. Exports hold all triplets: one
-that is cut has E = 0.
+triplets alone; they come back at their own places, between zeros. A state exports all its triplets,
+of which one that is cut has E = 0; a pruned one exports those it has kept, and a rank_pattern that
+calls them the first of init_r (their places are gone, and change no product).
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,27 +37,33 @@ def to_hf(native: Native) -> Files:
     for argument, pair in PAIRS.items():
         fields |= zip(pair, native.config[argument], strict=True)
     rank, scale = fields["init_r"], _scale(fields["lora_alpha"], fields["init_r"])
-    modules = {}
+    modules, pattern = {}, {}
     for slot, p in native.slices.items():
         if slot.is_embedding or slot.window:
             raise ValueError(
                 f"peft's AdaLoRA has no form for {slot.path!r}, which is no linear kernel: exclude "
                 "it."
             )
-        if p["e"].shape[-1] != rank or p["scale"] != scale:
+        if p["e"].shape[-1] > rank or p["scale"] != scale:
             raise ValueError(
                 f"peft's AdaLoRA starts every module with init_r={rank} triplets and one alpha, "
                 f"and {slot.path!r} has {p['e'].shape[-1]} of them, scaled by {p['scale']}: it "
-                "cannot hold rank_pattern, alpha_pattern or a pruned state."
+                "cannot hold rank_pattern or alpha_pattern."
             )
-        if any(p[name].any() for name in FACTORS):
-            modules[slot.module] = {
-                "lora_A": p["A"].T,
-                "lora_B": p["B"].T,
-                "lora_E": p["e"][:, None],
-            }
+        is_pruned = p["e"].shape[-1] < rank
+        kept = p["e"] != 0 if is_pruned else np.ones(rank, bool)
+        A, B, e = p["A"][:, kept], p["B"][kept], p["e"][kept]
+        if not any(leaf.any() for leaf in (A, B, e)):
+            continue
+        modules[slot.module] = {"lora_A": A.T, "lora_B": B.T, "lora_E": e[:, None]}
+        pattern[f"{slot.module}.lora_E"] = [n < len(e) for n in range(rank)]
+    is_whole = all(all(kept) for kept in pattern.values())
     fan_in_fan_out = any(not slot.transposed for slot in native.slices)
-    constant = {"init_lora_weights": True, "rank_pattern": None, "fan_in_fan_out": fan_in_fan_out}
+    constant = {
+        "init_lora_weights": True,
+        "rank_pattern": None if is_whole else pattern,
+        "fan_in_fan_out": fan_in_fan_out,
+    }
     return Files({**fields, **constant}, modules)
 
 

@@ -1,5 +1,6 @@
 """The base of an adapter, seen by torch's names."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from pefts import paths, targets, views
 from pefts.core import Params
-from pefts.formats.contract import Slot
+from pefts.formats.contract import Format, Slot
 from pefts.formats.whole import Place
 
 Letters = Callable[[str, tuple[int, ...], bool], str]  # (path, shape, is stacked) -> axes
@@ -47,6 +48,14 @@ class Base(NamedTuple):
         """The kernels and tables by torch module."""
         leaves = ("kernel", "embedding")
         return {p.module: p for p in self.places.values() if p.path.endswith(leaves)}
+
+    def places_for(self, format: Format) -> dict[str, list[Place]]:
+        """The leaves that a format adapts, by the torch module that its keys name."""
+        found: dict[str, list[Place]] = {}
+        for place in self.places.values():
+            if re.search(format.leaves, place.path):
+                found.setdefault(format.module_of(place.module), []).append(place)
+        return found
 
     def slots(self, path: str, axes: Letters) -> list[Slot]:
         """The slices of a leaf in the order of its stacked axis."""

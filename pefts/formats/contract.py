@@ -6,12 +6,15 @@ business.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+Named = TypeVar("Named", "str", "Slot")
+BIASES = ("none", "all", "lora_only")
 
 
 class Slot(NamedTuple):
@@ -93,6 +96,18 @@ class Format(NamedTuple):
     ignored: tuple[str, ...] = ()  # fields that do not change what the adapter computes
     reasons: Mapping[str, str] = {}  # field -> what to do about a value that is not accepted
     shared: tuple[str, ...] = ()  # names of shared tensors
+    biases: tuple[str, ...] = (
+        BIASES  # what peft's field `bias` may be; (): the type has no such field
+    )
+    saves_modules: bool = True  # the type has the field modules_to_save
+    stores_tables: bool = True  # peft stores the base's table of an adapted embedding
+    tied: tuple[str, ...] = ()  # last names of modules that share a table, whose tensors are copies
+    leaves: str = r"(kernel|embedding)$"  # the leaves that its adapters stand at, in our paths
+    module_of: Callable[[str], str] = str  # such a leaf's torch module -> the one that keys name
+    # Prompt learning: keys are the bare names of `shared` tensors, which belong to all `leaves`.
+    keyless: bool = False
+    # (config, torch modules) -> those that have tensors; None: by target_modules as peft's layers
+    selects: Callable[[Mapping[str, Any], Iterable[str]], set[str]] | None = None
 
 
 def torch_in(slot: Slot, factor: np.ndarray) -> np.ndarray:
@@ -134,6 +149,16 @@ def expect(module: str, tensors: Arrays, shapes: Mapping[str, tuple[int, ...]]) 
                 f"{module}.{name} has shape {tuple(tensors[name].shape)} in the file; this model "
                 f"and adapter_config.json make it {tuple(shape)}. The adapter is for another model."
             )
+
+
+def in_order(named: Iterable[Named]) -> list[Named]:
+    """Torch modules, or slots of them, by the numbers in their names: layer 10 behind layer 9."""
+
+    def key(item: Named) -> tuple[list[int], str]:
+        name = item if isinstance(item, str) else item.module
+        return [int(number) for number in re.findall(r"\d+", name)], name
+
+    return sorted(named, key=key)
 
 
 def most_common(values: Sequence[Any]) -> Any:

@@ -25,7 +25,6 @@ ABOUT = (
     "revision",
     "task_type",
 )
-BIASES = ("none", "all", "lora_only")
 
 
 def checked(config: Mapping[str, Any], format: Format, source: str) -> dict[str, Any]:
@@ -45,9 +44,32 @@ def checked(config: Mapping[str, Any], format: Format, source: str) -> dict[str,
                 f"know; what it changes would be lost. Known: {sorted(known)}."
             )
     bias = config.get("bias") or "none"
-    if bias not in BIASES:
-        raise ValueError(f"{source}: bias={bias!r} cannot be imported; choose one of {BIASES}.")
+    known_biases = format.biases or ("none",)
+    if bias not in known_biases:
+        raise ValueError(
+            f"{source}: bias={bias!r} cannot be imported; choose one of {known_biases}."
+        )
     return {**format.fields, **config, "bias": bias}
+
+
+def outright(fields: Mapping[str, Any], format: Format) -> dict[str, Any]:
+    """The config fields of leaves that are trained outright, as far as the type has them.
+
+    Raises:
+      ValueError: trained biases or modules, for a type whose files hold none.
+    """
+    if fields["bias"] not in (format.biases or ("none",)):
+        raise ValueError(
+            f"biases are trained outright (bias={fields['bias']!r}), and peft stores none beside "
+            f"{format.peft_type}: merge them into the base, or do not train them."
+        )
+    if fields["modules_to_save"] and not format.saves_modules:
+        raise ValueError(
+            f"{fields['modules_to_save']} are trained outright, and peft stores no modules beside "
+            f"{format.peft_type}: merge them into the base, or do not train them."
+        )
+    known = {"bias": bool(format.biases), "modules_to_save": format.saves_modules}
+    return {name: value for name, value in fields.items() if known[name]}
 
 
 def _among(value: Any, accepted: Iterable[Any]) -> bool:

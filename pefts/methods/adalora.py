@@ -153,7 +153,8 @@ def prune(state: PeftState) -> PeftState:
     """The state without the triplets whose e is zero; the adapted model stays the same.
 
     Stacked layers keep as many triplets as the layer with most of them. For use after training:
-    until T - t_f a triplet that is gone might have revived.
+    until T - t_f a triplet that is gone might have revived. pefts.export_hf writes what is left;
+    pefts.save wants all of the state, of which this can be made again.
     """
 
     def one(group: dict[str, Any], e: jax.Array) -> dict[str, Any]:

@@ -9,14 +9,16 @@ per token keep n virtual positions in front. A table that is also the output hea
 alone there. Not the identity at step 0, and it cannot be merged. Trainable: n d.
 """
 
-from collections.abc import Mapping
-from typing import Any, Unpack
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from pefts.bound import Call, Rule, State
 from pefts.core import Declaration, Traits, factory
+from pefts.low_rank import Init
 from pefts.targets import Select, Site, selection
 
 INITS = ("normal", "vocab")
@@ -82,83 +84,132 @@ def prompt(
 
     Source: The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691.
     """
-    _check(length, init, std, placeholder)
-    fills = {**ALIGNED, **{str(name): fill for name, fill in (aligned or {}).items()}}
+    _check(length, init, std)
 
     def start(key: jax.Array, W: jax.Array, *, site: Site, stats: Any) -> tuple[dict, dict]:
         del stats
-        if not site.is_embedding or site.stack:
-            raise ValueError(
-                f"prompt replaces rows looked up in an embedding table, and {site.path!r} of shape "
-                f"{site.shape} is none; give targets=r'...embedding$'."
-            )
+        check_table("prompt", site)
         if init == "normal":
             return {"P": std * jax.random.normal(key, (length, site.d_out), jnp.float32)}, {}
         rows = jax.random.choice(key, site.d_in, (length,), replace=length > site.d_in)
         return {"P": jnp.take(W, rows, axis=0).astype(jnp.float32)}, {}
 
+    in_call = InCall("prompt", length, tokens, placeholder, aligned)
+    return in_front(in_call, start, lambda p: p["P"], select)
+
+
+class InCall(NamedTuple):
+    """Where virtual tokens stand in the arguments of a model's call."""
+
+    method: str  # for errors
+    length: int
+    tokens: int | str
+    placeholder: int
+    aligned: Mapping[str, float | None] | None
+
+    @property
+    def fills(self) -> dict[str, float | None]:
+        return {**ALIGNED, **{str(name): fill for name, fill in (self.aligned or {}).items()}}
+
+
+def in_front(
+    in_call: InCall, start: Init, virtual: Callable[[State], jax.Array], select: Select
+) -> Declaration:
+    """What puts virtual(state) (n, d) in front of the embedded tokens.
+
+    Raises:
+      ValueError: the placeholder is no id.
+    """
+    placeholder = in_call.placeholder
+    if not isinstance(placeholder, int) or placeholder < 0:
+        raise ValueError(f"placeholder={placeholder!r}: give an id of the vocabulary, such as 0.")
+
     def inputs(args: tuple, kwargs: dict, p: State) -> tuple[tuple, dict]:
-        return _extend(args, kwargs, p["P"].shape[-2], tokens, placeholder, fills)
+        del p
+        return _extend(args, kwargs, in_call)
+
+    def output(y: jax.Array, p: State, call: Call) -> jax.Array:
+        del call
+        return _overwrite(in_call.method, y, virtual(p).astype(y.dtype))
 
     return Declaration(
-        rule=Rule(start, output=_overwrite, inputs=inputs),
+        rule=Rule(start, output=output, inputs=inputs),
         selection=selection(default=TABLES, **select),
         traits=Traits(mergeable=False, identity_at_init=False, decodes=False),
-        init_shared=_one_table,
+        init_shared=functools.partial(_one_table, in_call.method),
     )
 
 
-def _overwrite(y: jax.Array, p: State, call: Call) -> jax.Array:
+def check_table(method: str, site: Site) -> None:
+    """Raise ValueError unless the site is a table of the vocabulary."""
+    if not site.is_embedding or site.stack:
+        raise ValueError(
+            f"{method} replaces rows looked up in an embedding table, and {site.path!r} of shape "
+            f"{site.shape} is none; give targets=r'...embedding$'."
+        )
+
+
+def linear_layer(key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
+    """(W (d_in, d_out), b (d_out,)), both uniform on +-1/sqrt(d_in)."""
+    key_W, key_b = jax.random.split(key)
+    bound = d_in**-0.5
+    W = jax.random.uniform(key_W, (d_in, d_out), jnp.float32, -bound, bound)
+    return W, jax.random.uniform(key_b, (d_out,), jnp.float32, -bound, bound)
+
+
+def _overwrite(method: str, y: jax.Array, P: jax.Array) -> jax.Array:
     """[P; y[n:]] along the token axis."""
-    del call
-    P = p["P"].astype(y.dtype)
     n, d = P.shape
     if y.ndim < 2 or y.shape[-2] < n:
         raise ValueError(
-            f"prompt: the table was looked up for {y.shape[:-1]} ids, too few for its {n} virtual "
-            "tokens; the model looks it up for something else than the extended tokens."
+            f"{method}: the table was looked up for {y.shape[:-1]} ids, too few for its {n} "
+            "virtual tokens; the model looks it up for something else than the extended tokens."
         )
     front = jnp.broadcast_to(P.reshape((1,) * (y.ndim - 2) + (n, d)), (*y.shape[:-2], n, d))
     return jnp.concatenate([front, y[..., n:, :]], axis=-2)
 
 
-def _extend(
-    args: tuple, kwargs: dict, n: int, tokens: int | str, placeholder: int, fills: Mapping[str, Any]
-) -> tuple[tuple, dict]:
+def _extend(args: tuple, kwargs: dict, in_call: InCall) -> tuple[tuple, dict]:
     """The arguments with n more positions in the tokens and in what runs along with them."""
+    tokens, n = in_call.tokens, in_call.length
     given = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
-    ids = given.get(str(tokens))
-    if ids is None or not _is_array(ids) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"prompt: tokens={tokens!r} is no array of integer ids in this call, which has "
-            f"{sorted(given)}; give the position (after the variables) or the keyword of the ids."
-        )
-    if ids.ndim < 1:
-        raise ValueError(f"prompt: the ids, tokens={tokens!r}, have no token axis: shape ().")
-    new = {str(tokens): _in_front(ids, n, placeholder, ids.ndim - 1)}
+    ids = ids_of(in_call.method, given, tokens)
+    new = {str(tokens): _in_front(ids, n, in_call.placeholder, ids.ndim - 1)}
     for name, value in given.items():
-        if name != str(tokens) and _is_array(value):
-            new[name] = _aligned(name, value, ids.shape, n, fills)
+        if name != str(tokens) and is_array(value):
+            new[name] = _aligned(name, value, ids.shape, in_call)
     merged = {**given, **new}
     return tuple(merged[str(i)] for i in range(len(args))), {k: merged[k] for k in kwargs}
 
 
-def _aligned(
-    name: str, value: Any, ids_shape: tuple[int, ...], n: int, fills: Mapping[str, Any]
-) -> Any:
+def ids_of(method: str, given: Mapping[str, Any], tokens: int | str) -> Any:
+    """The ids among a call's arguments by position or keyword; (..., T)."""
+    ids = given.get(str(tokens))
+    if ids is None or not is_array(ids) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{method}: tokens={tokens!r} is no array of integer ids in this call, which has "
+            f"{sorted(given)}; give the position (after the variables) or the keyword of the ids."
+        )
+    if ids.ndim < 1:
+        raise ValueError(f"{method}: the ids, tokens={tokens!r}, have no token axis: shape ().")
+    return ids
+
+
+def _aligned(name: str, value: Any, ids_shape: tuple[int, ...], in_call: InCall) -> Any:
     axis, length = len(ids_shape) - 1, ids_shape[-1]
+    method, n, fills = in_call.method, in_call.length, in_call.fills
     if name in fills:
         if fills[name] is None:
             return value
         if tuple(value.shape[: axis + 1]) != tuple(ids_shape):
             raise ValueError(
-                f"prompt: argument {name!r} of shape {tuple(value.shape)} does not run along ids "
+                f"{method}: argument {name!r} of shape {tuple(value.shape)} does not run along ids "
                 f"of shape {tuple(ids_shape)}; give aligned={{{name!r}: None}} to leave it alone."
             )
         return _in_front(value, n, fills[name], axis)
     if length in value.shape[axis:]:
         raise ValueError(
-            f"prompt: argument {name!r} of shape {tuple(value.shape)} seems to run along the "
+            f"{method}: argument {name!r} of shape {tuple(value.shape)} seems to run along the "
             f"{length} tokens, which become {length + n}: give aligned={{{name!r}: fill}} with the "
             f"value for virtual positions, or aligned={{{name!r}: None}} to leave it alone."
         )
@@ -171,29 +222,32 @@ def _in_front(value: Any, n: int, fill: Any, axis: int) -> jax.Array:
     return jnp.concatenate([jnp.full(shape, fill, value.dtype), value], axis=axis)
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _one_table(key: jax.Array, sites: tuple[Site, ...]) -> tuple[dict, dict]:
+def _one_table(method: str, key: jax.Array, sites: tuple[Site, ...]) -> tuple[dict, dict]:
     """Nothing shared; it is where all sites are seen at once."""
     del key
     if len(sites) > 1:
         raise ValueError(
-            f"prompt belongs to one embedding table, and the targets match {len(sites)}: "
+            f"{method} belongs to one embedding table, and the targets match {len(sites)}: "
             f"{[site.path for site in sites]}; give targets for the one that embeds the tokens."
         )
     return {}, {}
 
 
-def _check(length: int, init: str, std: float, placeholder: int) -> None:
+def check_length(length: int) -> None:
+    """Raise ValueError unless there is a virtual token."""
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise ValueError(
             f"length={length!r}: give a positive number of virtual tokens, such as 20."
         )
+
+
+def _check(length: int, init: str, std: float) -> None:
+    check_length(length)
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; choose one of {INITS}.")
     if not std > 0:
         raise ValueError(f"std={std!r}: give a positive standard deviation, such as 0.02.")
-    if not isinstance(placeholder, int) or placeholder < 0:
-        raise ValueError(f"placeholder={placeholder!r}: give an id of the vocabulary, such as 0.")

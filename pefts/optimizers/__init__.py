@@ -2,6 +2,7 @@
 
 from pefts.optimizers.active import scale_by_units
 from pefts.optimizers.adam8bit import adam8bit, scale_by_adam8bit
+from pefts.optimizers.allora import allora, scale_by_inverse_norm
 from pefts.optimizers.apollo import apollo, scale_by_apollo
 from pefts.optimizers.badam import badam
 from pefts.optimizers.blockwise import quantize_state
@@ -23,6 +24,7 @@ from pefts.zeroth_order import adazeta, mezo, sparse_mezo
 OPTIMIZERS = {
     "adam8bit": adam8bit,
     "adazeta": adazeta,
+    "allora": allora,
     "apollo": apollo,
     "badam": badam,
     "fira": fira,
@@ -42,6 +44,7 @@ __all__ = [
     "OPTIMIZERS",
     "adam8bit",
     "adazeta",
+    "allora",
     "apollo",
     "badam",
     "cycle_length",
@@ -66,6 +69,7 @@ __all__ = [
     "scale_by_fira",
     "scale_by_frugal",
     "scale_by_galore",
+    "scale_by_inverse_norm",
     "scale_by_lora_fa",
     "scale_by_riemannian",
     "scale_by_units",
