@@ -70,3 +70,19 @@ def from_matrix(matrix: jax.Array, axes: str, shape: Sequence[int]) -> jax.Array
     order = _order(axes)
     permuted = matrix.reshape([shape[n] for n in order])
     return jnp.transpose(permuted, np.argsort(order).tolist())
+
+
+def outputs(y: jax.Array, d_out: int) -> jax.Array:
+    """What a module puts out, (..., d_out): its last axes, d_out numbers in all, as one.
+
+    Raises:
+      ValueError: no last axes of y have d_out numbers.
+    """
+    for axes in range(1, y.ndim + 1):
+        if math.prod(y.shape[-axes:]) == d_out:
+            return y.reshape(*y.shape[:-axes], d_out)
+    raise ValueError(
+        f"a method on the output of a linear module met an output of shape {y.shape}: it does not "
+        f"end in axes of {d_out} numbers in all, as the targeted kernel's does; target a module "
+        "whose output axes come last."
+    )

@@ -228,7 +228,7 @@ def test_outputs_that_do_not_end_in_the_kernels_are_refused(key: jax.Array) -> N
     model, x = nn.Einsum((4, 2, 3), "btd,dnh->bnth", use_bias=False), jnp.ones((2, 5, 4))
     params = model.init(key, x)["params"]
     peft = pefts.ia3(targets="kernel", axes={"kernel": "ioo"})
-    with pytest.raises(ValueError, match=r"an output of shape \(2, 2, 5, 3\) does not end"):
+    with pytest.raises(ValueError, match=r"an output of shape \(2, 2, 5, 3\): it does not end"):
         pefts.apply(model.apply)({"params": peft.bind(params, peft.init(key, params))}, x)
 
 

@@ -201,7 +201,7 @@ def test_an_output_whose_features_do_not_come_last_is_refused(key):
     params = model.init(key, x)["params"]
     peft = pefts.snnk(2, placement=None, axes={"kernel": "ioo"})
     bound = peft.bind(params, peft.init(key, params))
-    with pytest.raises(ValueError, match="snnk: an output .* does not end in axes of 6 numbers"):
+    with pytest.raises(ValueError, match="an output .* does not end in axes of 6 numbers"):
         pefts.apply(model.apply)({"params": bound}, x)
 
 

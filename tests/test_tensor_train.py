@@ -475,7 +475,7 @@ def test_an_output_whose_features_do_not_come_last_is_refused(key: jax.Array) ->
     params = model.init(key, x)["params"]
     peft = pefts.tensor_train(4, 2, axes={"kernel": "ioo"}, targets="kernel")
     bound = peft.bind(params, peft.init(key, params))
-    with pytest.raises(ValueError, match=r"\(4, 2, 5, 3\) does not end in axes of 6 numbers"):
+    with pytest.raises(ValueError, match=r"\(4, 2, 5, 3\): it does not end in axes of 6 numbers"):
         pefts.apply(model.apply)({"params": bound}, x)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from pefts import views
 from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Traits, factory
 from pefts.targets import ALL_LINEAR, Select, Site, selection
@@ -112,24 +113,10 @@ def bottleneck(
 
 def _adapt(y: jax.Array, p: State, activation: str) -> jax.Array:
     D, b_D, U, b_U, scale = (p[name].astype(y.dtype) for name in ("D", "b_D", "U", "b_U", "scale"))
-    x = _flat(y, D.shape[0])
+    x = views.outputs(y, D.shape[0])
     ones = (1,) * (x.ndim - 1)
     h = ACTIVATIONS[activation](matmul(x, D) + b_D.reshape(*ones, -1))
     return y + (scale * (matmul(h, U) + b_U.reshape(*ones, -1))).reshape(y.shape)
-
-
-def _flat(y: jax.Array, d: int) -> jax.Array:
-    """y with its last axes, d numbers in all, as one axis."""
-    size, axes = 1, 0
-    while size < d and axes < y.ndim:
-        axes += 1
-        size *= y.shape[-axes]
-    if size != d:
-        raise ValueError(
-            f"bottleneck: an output of shape {y.shape} does not end in axes of {d} numbers "
-            "in all, as the targeted kernel's does; target a module whose output axes come last."
-        )
-    return y.reshape(*y.shape[: y.ndim - axes], d)
 
 
 def _width(width: int | None, reduction: int | None, select: Select) -> int:

@@ -25,6 +25,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from pefts import views
 from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Traits, factory
 from pefts.methods.bottleneck import ACTIVATIONS, PLACEMENTS
@@ -106,7 +107,7 @@ def compacter(
         return {"R": std * jax.random.normal(key, (division,) * 3, jnp.float32)}, {}
 
     def output(y: jax.Array, p: State, call: Call) -> jax.Array:
-        x = flat(y, p["b_U"].shape[0])
+        x = views.outputs(y, p["b_U"].shape[0])
         h = ACTS[activation](_affine(x, p, "D", call))
         return y + _affine(h, p, "U", call).reshape(y.shape)
 
@@ -131,22 +132,6 @@ def product(x: jax.Array, R: jax.Array, S: jax.Array, T: jax.Array) -> jax.Array
     v = jnp.einsum("tair,iab->tbir", u, R.astype(u.dtype))
     y = matmul(v.reshape(-1, n, n * rho), T.reshape(n * rho, -1))
     return y.reshape(*lead, -1)
-
-
-def flat(y: jax.Array, d: int) -> jax.Array:
-    """y with its last axes, d numbers in all, as one axis.
-
-    Raises:
-      ValueError: no last axes of y have d numbers.
-    """
-    for axes in range(1, y.ndim + 1):
-        if math.prod(y.shape[-axes:]) == d:
-            return y.reshape(*y.shape[:-axes], d)
-    raise ValueError(
-        f"an adapter on the output of a linear module met an output of shape {y.shape}, which does "
-        f"not end in axes of {d} numbers in all, as the targeted kernel's does: target a module "
-        "whose output axes come last."
-    )
 
 
 def _affine(x: jax.Array, p: State, name: str, call: Call) -> jax.Array:

@@ -17,6 +17,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from pefts import views
 from pefts.bound import Call, Rule, State
 from pefts.core import Declaration, Sites, factory
 from pefts.methods.bottleneck import PLACEMENTS
@@ -128,14 +129,7 @@ def _feedforward(given: str | tuple[str, ...] | None, paths: list[str]) -> set[s
 
 def _scaled(y: jax.Array, vector: jax.Array) -> jax.Array:
     """y with its last axes, which may be (heads, head size), scaled by a vector (d_out,)."""
-    d = vector.size
-    axes = next((n for n in range(1, y.ndim + 1) if math.prod(y.shape[-n:]) == d), 0)
-    if not axes:
-        raise ValueError(
-            f"ia3: an output of shape {y.shape} does not end in axes of {d} numbers in all, as the "
-            "targeted kernel's does; target a module whose output axes come last."
-        )
-    flat = y.reshape(*y.shape[:-axes], d)
+    flat = views.outputs(y, vector.size)
     return (flat * _row(vector, flat)).reshape(y.shape)
 
 

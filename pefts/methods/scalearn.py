@@ -35,7 +35,6 @@ from pefts import fingerprint, paths, views
 from pefts.bound import Call, Rule, State, matmul
 from pefts.core import SHARED, Declaration, Peft, PeftState, Traits, factory
 from pefts.methods.bottleneck import ACTIVATIONS, PLACEMENTS, bottleneck
-from pefts.methods.compacter import flat
 from pefts.targets import ALL_LINEAR, HEADS, Select, Site, exactly, only, selection
 
 FORMS = ("plain", "uniform", "plus", "plus_uniform")
@@ -122,7 +121,7 @@ def scalearn(
     def output(y: jax.Array, p: State, call: Call) -> jax.Array:
         merged = one_adapter(p, call.shared["omega"] if is_shared else p["omega"])
         D, b_D, U, b_U = (merged[name].astype(y.dtype) for name in ("D", "b_D", "U", "b_U"))
-        x = flat(y, D.shape[0])
+        x = views.outputs(y, D.shape[0])
         ones = (1,) * (x.ndim - 1)
         h = ACTIVATIONS[activation](matmul(x, D) + b_D.reshape(*ones, -1))
         return y + (matmul(h, U) + b_U.reshape(*ones, -1)).reshape(y.shape)

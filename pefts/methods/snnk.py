@@ -17,6 +17,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from pefts import views
 from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Traits, factory
 from pefts.linalg import precise
@@ -84,7 +85,7 @@ def snnk(
     def output(y: jax.Array, p: State, call: Call) -> jax.Array:
         del call
         p = {name: leaf.astype(y.dtype) for name, leaf in p.items()}
-        x = _flat(y, p["G"].shape[1])
+        x = views.outputs(y, p["G"].shape[1])
         h = matmul(relu_features(x, p["G"], clip), p["P"])
         if width is None:
             h = h * _row(p["v"], h)
@@ -141,17 +142,6 @@ def projection(key: jax.Array, features: int, d: int, orthogonal: bool) -> jax.A
 
 def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
-def _flat(y: jax.Array, d: int) -> jax.Array:
-    """y with its last axes, d numbers in all, as one axis."""
-    for axes in range(1, y.ndim + 1):
-        if math.prod(y.shape[-axes:]) == d:
-            return y.reshape(*y.shape[:-axes], d)
-    raise ValueError(
-        f"snnk: an output of shape {y.shape} does not end in axes of {d} numbers in all, as the "
-        "targeted kernel's does; target a module whose output axes come last."
-    )
 
 
 def _check(

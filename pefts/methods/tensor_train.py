@@ -24,6 +24,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from pefts import views
 from pefts.bound import Call, Rule, State, matmul
 from pefts.core import Declaration, Traits, factory
 from pefts.linalg import precise
@@ -119,7 +120,7 @@ def tensor_train(
     def output(y: jax.Array, p: State, call: Call) -> jax.Array:
         del call
         d = p["up_bias"].shape[0]
-        return _adapt(_flat(y, d), p, activation).reshape(y.shape)
+        return _adapt(views.outputs(y, d), p, activation).reshape(y.shape)
 
     return Declaration(
         rule=Rule(start, _no_dense_kernel, linear) if before else Rule(start, output=output),
@@ -192,17 +193,6 @@ def _affine(x: jax.Array, p: State, name: str) -> jax.Array:
     count = sum(leaf.startswith(f"{name}_G") for leaf in p)
     y = product(x, [p[f"{name}_G{k + 1}"].astype(x.dtype) for k in range(count)])
     return y + p[f"{name}_bias"].astype(x.dtype).reshape(*(1,) * (y.ndim - 1), -1)
-
-
-def _flat(y: jax.Array, d: int) -> jax.Array:
-    """y with its last axes, d numbers in all, as one axis."""
-    for axes in range(1, y.ndim + 1):
-        if math.prod(y.shape[-axes:]) == d:
-            return y.reshape(*y.shape[:-axes], d)
-    raise ValueError(
-        f"tensor_train: an output of shape {y.shape} does not end in axes of {d} numbers in all, "
-        "as the targeted kernel's does; target a module whose output axes come last."
-    )
 
 
 def _no_dense_kernel(W: jax.Array, p: State, call: Call) -> jax.Array:
