@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
+import models
 import pefts
 from pefts import analysis
 from pefts.analysis import Row
@@ -31,8 +31,7 @@ def write(run: Experiment, state: pefts.PeftState, folder: Path) -> None:
             f"--analyse compares kernels, and {run.config.method.method} cannot be merged into "
             "them: it changes none that could be looked at."
         )
-    tokens = np.zeros((1, min(run.config.data.buckets)), np.int32)
-    axes = pefts.infer_axes(run.model.apply, run.params, tokens, np.ones_like(tokens))
+    axes = pefts.infer_axes(run.model.apply, run.params, *models.example(run.model))
     merged = run.peft.merge(run.params, state)
     rows = analysis.report(run.params, merged, top=TOP, threshold=THRESHOLD, axes=axes)
     show(rows)
